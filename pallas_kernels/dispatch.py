@@ -1,0 +1,37 @@
+"""The only file that knows implementations and platforms."""
+
+from collections.abc import Callable
+
+import jax
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+
+
+def resolve(operator: str, implementation: str | None, available: tuple[str, ...]) -> str:
+    """Returns the implementation to run: the named one, or the fastest available where None was asked for.
+
+    Args:
+      operator: name of the public function, for messages.
+      implementation: one of IMPLEMENTATIONS, or None.
+      available: what this operator has, slowest first.
+
+    Raises:
+      ValueError: the name is not an implementation at all.
+      NotImplementedError: the name is one that this operator does not have.
+    """
+    if implementation is None:
+        return available[-1]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{operator}: implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}."
+        )
+    if implementation not in available:
+        raise NotImplementedError(
+            f"{operator}: implementation={implementation!r} is not written yet; use None or one of {available}."
+        )
+    return implementation
+
+
+def by_platform(*operands, cpu: Callable, accelerator: Callable):
+    """Calls `cpu` or `accelerator`; decided when the program is lowered, so a CPU host may compile for a TPU."""
+    return jax.lax.platform_dependent(*operands, cpu=cpu, default=accelerator)

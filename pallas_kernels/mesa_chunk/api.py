@@ -1,0 +1,99 @@
+"""The public operator: checks, casts, documents; then the differentiable core."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.mesa_chunk import vjp
+from pallas_kernels.mesa_chunk.contract import (
+    LOWEST_LOG_DECAY,
+    MesaState,
+    check_inputs,
+    check_segment_ids,
+    solver_dtype,
+    zero_state,
+)
+from pallas_kernels.mesa_chunk.reference import mesa_chunk_reference
+from pallas_kernels.mesa_chunk.solver import SolverConfig
+
+
+def mesa_chunk(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, "b t h"],
+    beta: Float[Array, "b t h"],
+    ridge: Float[Array, "h k"],
+    state: MesaState | None = None,
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+    solver: SolverConfig = SolverConfig(),
+    with_report: bool = False,
+    implementation: str | None = None,
+):
+    """Reads each query out of the linear map that fits the context so far best (arXiv 2506.05233, eq. 8).
+
+    With gamma_t = exp(log_decay_t), per batch entry and head:
+
+        H_t = gamma_t H_{t-1} + beta_t k_t k_t^T        G_t = gamma_t G_{t-1} + beta_t k_t v_t^T
+        x_t = (H_t + diag(ridge))^{-1} q_t              o_t = G_t^T x_t
+
+    x_t comes from conjugate gradient, its gradient from the implicit function theorem: a second solve with the same
+    matrices, no unrolling. States and solver are float32 whatever the inputs are; memory grows linearly with t.
+
+    Args:
+      q, k: queries and keys, usually of unit length.
+      v: values; V may differ from K.
+      log_decay: log of the forget gate, <= 0; below -80 counts as forgetting everything.
+      beta: input strength, >= 0.
+      ridge: diagonal regularisation Lambda, > 0.
+      state: what came before; None starts empty.
+      segment_ids: number of the document each token belongs to; documents do not see each other, and `state` belongs
+        to the first one. Ids must not decrease along t. Negative ids mark padding, wherever it stands: it is ignored
+        whatever it holds, its outputs are 0, and the state passes through it.
+      solver: when a token's solve ends.
+      with_report: also return how well each token was solved, at the price of one more product with the matrix.
+      implementation: "reference" (dense solves token by token, differentiated by JAX; exact whatever the budget),
+        "xla", or None for the fastest at hand.
+
+    Returns:
+      (out [b, t, h, v] in the dtype of v, state after the last token), and a SolveReport if asked for.
+
+    Raises:
+      TypeError, ValueError: an argument's dtype, rank or size does not fit; the message names it.
+      NotImplementedError: the named implementation cannot run this.
+    """
+    check_inputs("mesa_chunk", q, k, v, log_decay, beta, ridge, state, time_axis=True)
+    chosen = dispatch.resolve("mesa_chunk", implementation, ("reference", "xla"))
+    out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
+    state = zero_state(q, v) if state is None else state
+    if segment_ids is None:
+        starts = jnp.zeros(q.shape[:2], jnp.int32)
+    else:
+        check_segment_ids("mesa_chunk", segment_ids, q)
+        starts = document_starts(segment_ids)
+        q, k, v, log_decay, beta = _mask_padding(segment_ids, q, k, v, log_decay, beta)
+    # the gate of a document's first token acts on nothing; a constant in its place has no rounding for a gradient
+    log_decay = jnp.where(starts[..., None] == 1, 0, jnp.maximum(log_decay, LOWEST_LOG_DECAY))
+    q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
+    inputs = (q, k, v, log_decay, beta, ridge, state.astype(dtype), starts)
+    if chosen == "reference":
+        out, state, report = mesa_chunk_reference(*inputs)
+    else:
+        out, state, report = vjp.mesa_chunk(*inputs, solver, with_report, chosen)
+    out = out.astype(out_dtype)
+    return (out, state, report) if with_report else (out, state)
+
+
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """Returns [b, t] int32, 1 where a token's document differs from that of the last token before it that is not padding."""
+    documents = jax.lax.cummax(segment_ids, axis=1)
+    changes = jnp.diff(documents, axis=1, prepend=documents[:, :1])
+    return (changes != 0).astype(jnp.int32)
+
+
+def _mask_padding(segment_ids, *sequences):
+    """Sets [b, t, ...] to 0 where the id is negative: gate 1, strength 0, and no NaN of the padding survives."""
+    real = segment_ids >= 0
+    return tuple(jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0) for x in sequences)

@@ -1,0 +1,110 @@
+"""What goes in and what comes out, shared by `mesa_chunk` and `mesa_step`.
+
+Axis letters: `b` batch, `t` time, `h` heads, `k` key, `v` value; inside a tile `n` chunks, `c` place in the chunk.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+# exp(-80) is 2e-35: nothing of the past is left in float32, while sums over a chunk stay finite even for a gate of 0.
+LOWEST_LOG_DECAY = -80.0
+
+
+class MesaState(NamedTuple):
+    """All that a head remembers: the key Gram matrix H_t and the key-value memory G_t (arXiv 2506.05233, section 2).
+
+    `kk` is symmetric positive semi-definite. Both are float32 (float64 for float64 inputs), whatever the inputs are.
+    """
+
+    kk: Float[Array, "b h k k"]
+    kv: Float[Array, "b h k v"]
+
+    def astype(self, dtype) -> "MesaState":
+        """Returns the state in another dtype."""
+        return MesaState(self.kk.astype(dtype), self.kv.astype(dtype))
+
+
+class SolveReport(NamedTuple):
+    """How well each token was solved: steps taken, and the true ||q - A x|| / ||q|| computed after the last one."""
+
+    num_steps: Int[Array, "b *t h"]
+    residual: Float[Array, "b *t h"]
+
+
+def solver_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """Returns the type that states and solver use: float32, or float64 if an input is float64."""
+    return jnp.result_type(jnp.float32, *arrays)
+
+
+def check_inputs(operator: str, q, k, v, log_decay, beta, ridge, state, *, time_axis: bool) -> None:
+    """Raises one sentence that names the offending argument.
+
+    Raises:
+      TypeError: an argument is not of a floating-point type.
+      ValueError: a rank or an axis does not fit.
+    """
+    named = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "ridge": ridge}
+    if state is not None:
+        named |= {"state.kk": state.kk, "state.kv": state.kv}
+    for name, array in named.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{operator}: {name} has dtype {array.dtype}; pass a floating-point array.")
+    layout = "[b, t, h, k]" if time_axis else "[b, h, k]"
+    rank = 4 if time_axis else 3
+    if q.ndim != rank:
+        raise ValueError(f"{operator}: q has shape {q.shape}; it must be {layout}.")
+    *lead, num_heads, key_dim = q.shape
+    gates = (*lead, num_heads)
+    expected = {"k": q.shape, "log_decay": gates, "beta": gates, "ridge": (num_heads, key_dim)}
+    for name, shape in expected.items():
+        if named[name].shape != shape:
+            raise ValueError(
+                f"{operator}: {name} has shape {named[name].shape}; with q of shape {q.shape} it must be {shape}."
+            )
+    if v.ndim != rank or v.shape[:-1] != gates:
+        raise ValueError(
+            f"{operator}: v has shape {v.shape}; with q of shape {q.shape} it must be {gates} and a last axis of any size."
+        )
+    if state is not None:
+        heads = (q.shape[0], num_heads, key_dim)
+        for name, shape in {"state.kk": (*heads, key_dim), "state.kv": (*heads, v.shape[-1])}.items():
+            if named[name].shape != shape:
+                raise ValueError(f"{operator}: {name} has shape {named[name].shape}; it must be {shape}.")
+
+
+def check_segment_ids(operator: str, segment_ids, q) -> None:
+    """Raises if segment_ids do not fit q, are not integers or, where their values are known, decrease.
+
+    Raises:
+      TypeError: segment_ids are not integers.
+      ValueError: their shape is wrong, or an id is smaller than one before it in the same row.
+    """
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"{operator}: segment_ids have dtype {segment_ids.dtype}; pass integers.")
+    if segment_ids.shape != q.shape[:2]:
+        raise ValueError(
+            f"{operator}: segment_ids have shape {segment_ids.shape}; with q of shape {q.shape} they must be {q.shape[:2]}."
+        )
+    if isinstance(segment_ids, Tracer):
+        return  # under jit only shapes are known
+    for row, ids in enumerate(np.asarray(segment_ids)):
+        ids = ids[ids >= 0]
+        if (np.diff(ids) < 0).any():
+            raise ValueError(
+                f"{operator}: segment_ids of row {row} decrease; number the documents of a row in their order."
+            )
+
+
+def zero_state(q: jax.Array, v: jax.Array) -> MesaState:
+    """Returns the state before the first token, for q [b, ..., h, k] and v [b, ..., h, v]."""
+    dtype = solver_dtype(q, v)
+    batch, num_heads, key_dim = q.shape[0], q.shape[-2], q.shape[-1]
+    return MesaState(
+        kk=jnp.zeros((batch, num_heads, key_dim, key_dim), dtype),
+        kv=jnp.zeros((batch, num_heads, key_dim, v.shape[-1]), dtype),
+    )

@@ -1,0 +1,72 @@
+"""The public one-token operator: the same contract as `mesa_chunk`, without the time axis."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.mesa_chunk.api import mesa_chunk
+from pallas_kernels.mesa_chunk.contract import LOWEST_LOG_DECAY, MesaState, check_inputs, solver_dtype
+from pallas_kernels.mesa_chunk.solver import SolverConfig
+from pallas_kernels.mesa_step import xla
+
+
+def mesa_step(
+    q: Float[Array, "b h k"],
+    k: Float[Array, "b h k"],
+    v: Float[Array, "b h v"],
+    log_decay: Float[Array, "b h"],
+    beta: Float[Array, "b h"],
+    ridge: Float[Array, "h k"],
+    state: MesaState,
+    *,
+    solver: SolverConfig = SolverConfig(),
+    with_report: bool = False,
+    implementation: str | None = None,
+):
+    """Advances the Mesa layer by one token; equals `mesa_chunk` with t = 1 and takes the same arguments and errors.
+
+    Work and memory do not depend on how many tokens came before. Donate `state` to update it in place.
+
+    Returns:
+      (out [b, h, v] in the dtype of v, new state), and a SolveReport of [b, h] if asked for.
+    """
+    check_inputs("mesa_step", q, k, v, log_decay, beta, ridge, state, time_axis=False)
+    chosen = dispatch.resolve("mesa_step", implementation, ("reference", "xla"))
+    if chosen == "reference":
+        return _as_chunk(
+            q, k, v, log_decay, beta, ridge, state, solver=solver, with_report=with_report, implementation=chosen
+        )
+    out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
+    log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)
+    q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
+    out, state, report = _step(q, k, v, log_decay, beta, ridge, state.astype(dtype), solver, with_report)
+    out = out.astype(out_dtype)
+    return (out, state, report) if with_report else (out, state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _step(q, k, v, log_decay, beta, ridge, state, solver: SolverConfig, with_report: bool):
+    return xla.forward(q, k, v, log_decay, beta, ridge, state, solver=solver, with_report=with_report)
+
+
+def _step_forward(*args):
+    return _step(*args), args[:7]
+
+
+def _step_backward(solver, with_report, inputs, cotangents):
+    _, pullback = jax.vjp(functools.partial(_as_chunk, solver=solver), *inputs)
+    dout, dstate, _ = cotangents
+    return pullback((dout, MesaState(*dstate)))
+
+
+_step.defvjp(_step_forward, _step_backward)
+
+
+def _as_chunk(q, k, v, log_decay, beta, ridge, state, **choices):
+    """Runs `mesa_chunk` on a sequence of one token."""
+    q, k, v, log_decay, beta = (x[:, None] for x in (q, k, v, log_decay, beta))
+    out, state, *report = mesa_chunk(q, k, v, log_decay, beta, ridge, state, **choices)
+    return (out[:, 0], state, *jax.tree.map(lambda x: x[:, 0], report))

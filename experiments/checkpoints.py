@@ -1,0 +1,58 @@
+"""A thin wrapper of orbax: save, find, restore."""
+
+import shutil
+from pathlib import Path
+from typing import TypeVar, cast
+
+import jax
+import orbax.checkpoint as ocp
+
+from experiments.cli import UserError
+
+State = TypeVar("State")
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last. Saving is asynchronous and atomic: a killed save leaves no trace."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        """Opens or creates the folder; keeps the newest `keep` checkpoints."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoints":
+        """Opens a folder that exists, to read.
+
+        Raises:
+          UserError: there is none.
+        """
+        if not folder.is_dir():
+            raise UserError(f"run: {folder} does not exist; there is no checkpoint to load.")
+        return cls(folder)
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step that is complete, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state) -> None:
+        """Saves a pytree of arrays under `step`; returns before it is on disk.
+
+        Raises:
+          UserError: the disk has no room for it; older checkpoints stay.
+        """
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise UserError(f"output: {self._folder} has {free >> 20} MiB left, a checkpoint needs {needed >> 20} MiB.")
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, step: int, like: State) -> State:
+        """Returns the state saved under `step`, with the shapes, dtypes and shardings of `like` (arrays or shapes)."""
+        return cast(State, self._manager.restore(step, args=ocp.args.StandardRestore(like)))
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

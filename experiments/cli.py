@@ -1,0 +1,44 @@
+"""Commands: a frozen dataclass in, one sentence out when something is wrong."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message is one sentence that names the field and the remedy."""
+
+
+def run(function: Callable[[Config], object], config: type[Config], args: Sequence[str] | None = None) -> None:
+    """Parses the command line into `config` and calls `function`."""
+    _guarded(lambda: function(tyro.cli(config, description=_description(function), args=args)))
+
+
+def run_preset(
+    function: Callable[[Config], object],
+    presets: Mapping[str, tuple[str, Config]],
+    default: str,
+    args: Sequence[str] | None = None,
+) -> None:
+    """The same, where the first word names a preset (by default `default`) and options override its fields."""
+    args = list(sys.argv[1:] if args is None else args) or [default]
+    parse = tyro.extras.overridable_config_cli
+    _guarded(lambda: function(parse(dict(presets), description=_description(function), args=args)))
+
+
+def _guarded(call: Callable[[], object]) -> None:
+    """Turns mistakes into a sentence and exit status 2; everything else keeps its traceback."""
+    try:
+        call()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _description(function: Callable) -> str:
+    """The experiment's page: the docstring of the module that defines its main function."""
+    return sys.modules[function.__module__].__doc__ or ""

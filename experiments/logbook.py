@@ -1,0 +1,43 @@
+"""One JSON line per step is the truth about a run; the console is a copy."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Logbook:
+    """Appends lines to a file; a line that a crash cut short, or that is ahead of the checkpoint, is dropped."""
+
+    def __init__(self, path: Path, next_step: int):
+        """Opens the file so that it holds the steps before next_step and nothing else.
+
+        What has to go is dropped in a copy that then takes the file's place, so a crash here loses nothing either.
+        """
+        if path.exists():
+            kept = [entry for entry in read(path) if entry["step"] < next_step]
+            copy = path.with_suffix(".rewritten")
+            copy.write_text("".join(_line(entry) for entry in kept))
+            os.replace(copy, path)
+        self._file = path.open("a")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends one entry, which has a "step"; NaN becomes null."""
+        self._file.write(_line(entry))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the entries of a logbook; a last line without an end is a crash's and does not count."""
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _line(entry: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    return json.dumps(finite) + "\n"

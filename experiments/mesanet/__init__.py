@@ -1,0 +1,1 @@
+"""Experiments on MesaNet: one file, one experiment."""

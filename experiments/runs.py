@@ -1,0 +1,207 @@
+"""A run is a folder: config.json, tokenizer.json, log.jsonl and checkpoints. This file creates and opens it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.checkpoints import Checkpoints
+from experiments.cli import UserError
+from experiments.data import DataConfig
+from experiments.mesh import MeshConfig
+from experiments.tokenizers import Tokenizer, load_tokenizer
+from mesanet_jax import MesaNet, MesaNetConfig
+from mesanet_jax.train import OptimizerConfig, TrainState, init_train_state, make_optimizer
+
+# Fields that a run may be started again with other values of: they change what is seen of it, not what it computes.
+FREE_FIELDS = {"output", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_batches"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+      output: folder of the run; if it holds one already, that run goes on from its last checkpoint.
+      model: the architecture.
+      data: the text.
+      optimizer: AdamW and its schedule.
+      mesh: how devices share the work.
+      num_steps: optimizer steps; the schedule ends there.
+      micro_batches: parts that a batch is computed in, one after another, to save memory.
+      seed: initial parameters.
+      save_every: steps between checkpoints.
+      keep: checkpoints that are kept.
+      eval_every: steps between held-out losses; 0 only at the end.
+      eval_batches: held-out batches that loss is taken over.
+      log_every: steps between lines on the console.
+    """
+
+    output: Path = Path("runs/tiny")
+    model: MesaNetConfig = MesaNetConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    num_steps: int = 28610
+    micro_batches: int = 1
+    seed: int = 0
+    save_every: int = 1000
+    keep: int = 2
+    eval_every: int = 1000
+    eval_batches: int = 16
+    log_every: int = 10
+
+    def __post_init__(self):
+        for field in ("num_steps", "micro_batches", "save_every", "keep", "eval_batches", "log_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"RunConfig: {field}={getattr(self, field)} must be at least 1.")
+        if self.data.batch_size % self.micro_batches:
+            raise ValueError(
+                f"RunConfig: micro_batches={self.micro_batches} does not divide data.batch_size={self.data.batch_size}."
+            )
+
+
+class Run(NamedTuple):
+    """A trained model with all that is needed to use it."""
+
+    name: str
+    path: Path
+    config: RunConfig
+    model: MesaNet
+    params: dict
+    tokenizer: Tokenizer
+    step: int
+
+
+def open_run(path: Path, step: int | None = None) -> Run:
+    """Loads the model of a run at a checkpoint (by default the last), on the devices at hand.
+
+    Raises:
+      UserError: the folder is not a run, or has no such checkpoint.
+    """
+    config = _read_config(path)
+    model = MesaNet(config.model)
+    checkpoints = Checkpoints.open(path / "checkpoints")
+    step = checkpoints.latest_step() if step is None else step
+    if step is None:
+        raise UserError(f"run: {path} has no checkpoint yet; train it for save_every steps first.")
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    like = jax.eval_shape(lambda key: init_train_state(key, model, optimizer), jax.random.key(0))
+    state: TrainState = checkpoints.restore(step, like)
+    checkpoints.close()
+    tokenizer = stored_tokenizer(path, config)
+    return Run(path.name or str(path), path, config, model, state.params, tokenizer, step)
+
+
+def create_or_reopen(config: RunConfig) -> Tokenizer:
+    """Makes the folder of a run, or checks that the run in it is the same one; returns its tokenizer.
+
+    Nothing is written before everything is known to be right.
+
+    Raises:
+      UserError: the folder cannot be written, holds something else or another run, or the tokenizer does not fit.
+    """
+    folder = config.output
+    known = (folder / "config.json").exists()
+    if known:
+        _check_same(_read_config(folder), config)
+        tokenizer = stored_tokenizer(folder, config)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"output: {folder} is not empty and not a run; give a new folder.")
+    else:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.bos_token)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size} is below the {tokenizer.vocab_size} tokens of the tokenizer; "
+            f"pass --model.vocab-size {tokenizer.vocab_size}."
+        )
+    _check_writable(folder)
+    if not known:
+        if config.data.tokenizer:
+            shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+        _write_config(folder, config)
+    return tokenizer
+
+
+def stored_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
+    """Returns the tokenizer that a run was trained with, from the copy in its folder.
+
+    Raises:
+      UserError: its vocabulary is not the one of the model.
+    """
+    if not config.data.tokenizer:
+        return load_tokenizer("")
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"), config.data.bos_token)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer: {folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the checkpoint's model "
+            f"{config.model.vocab_size}; put back the file it was trained with."
+        )
+    return tokenizer
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be written ({error.strerror}); give another folder.") from None
+
+
+def _check_same(saved: RunConfig, config: RunConfig) -> None:
+    """Raises for the first field that differs between a run and the command that would go on with it."""
+    before, now = _flat(saved), _flat(config)
+    for field, value in now.items():
+        if field.split(".")[0] not in FREE_FIELDS and before[field] != value:
+            raise UserError(
+                f"{field}: the run in {saved.output} was started with {before[field]!r}, not {value!r}; "
+                f"give the same value or another --output."
+            )
+
+
+def _flat(config, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name
+        flat |= _flat(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return flat
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    draft = folder / "config.draft"
+    draft.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    os.replace(draft, folder / "config.json")
+
+
+def _read_config(folder: Path) -> RunConfig:
+    file = folder / "config.json"
+    try:
+        return dataclasses.replace(_build(RunConfig, json.loads(file.read_text())), output=folder)
+    except FileNotFoundError:
+        raise UserError(f"run: {folder} is not a run, it has no config.json.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"run: {file} is not the config of a run of this version ({error}).") from None
+
+
+def _build(cls, values: dict[str, Any]):
+    """Turns the dictionary of a nested frozen dataclass back into it."""
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = _build(hint, value)
+        elif typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        elif hint is Path:
+            value = Path(value)
+        arguments[name] = value
+    return cls(**arguments)

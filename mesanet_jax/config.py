@@ -1,0 +1,107 @@
+"""A model is its config; a new size is a row of SIZES."""
+
+import dataclasses
+from typing import Literal
+
+from pallas_kernels import SolverConfig
+
+MixerName = Literal["mesa", "attention", "sliding_window"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MesaNetConfig:
+    """Architecture of a MesaNet or of a model it is compared with (arXiv 2506.05233, appendices E and G).
+
+    Attributes:
+      vocab_size: tokens the model knows.
+      num_layers: residual blocks, each a token mixer and a feed-forward layer.
+      model_dim: width of the residual stream.
+      num_heads: heads of every mixer.
+      key_dim: size of queries and keys per head.
+      value_dim: size of values per head.
+      mlp_dim: width of the SwiGLU; 0 means three times model_dim, as in the paper.
+      pattern: mixers from the bottom up, repeated until num_layers are filled; a hybrid is a longer tuple.
+      conv_width: taps of the causal convolution on queries and keys of a mesa mixer.
+      gate_bound: largest forget gate at full input strength; keeps H bounded when a token repeats (appendix G.5).
+      forget_bias: initial bias of the forget gate's logit, shared by all heads; the paper does not state its own.
+      ridge_floor: smallest regularisation; the learned part is added to it.
+      ridge_init: regularisation at initialisation.
+      window: tokens a sliding_window mixer attends to, the current one included.
+      max_context: tokens an attention mixer attends to, and the length of its cache.
+      rope_base: base of the rotary position encoding of attention mixers.
+      logit_cap: logits are squashed into (-cap, cap) by cap * tanh(logits / cap).
+      norm_eps: epsilon of the RMS norms.
+      dtype: type of activations; parameters, states and the solver are float32.
+      remat: what the backward pass recomputes: "nothing", "all_but_solutions" (keeps what the solver found, so that
+        no system is solved twice forward), or "everything".
+      solver: when the solve of a token ends.
+    """
+
+    vocab_size: int = 50257
+    num_layers: int = 14
+    model_dim: int = 768
+    num_heads: int = 6
+    key_dim: int = 128
+    value_dim: int = 128
+    mlp_dim: int = 0
+    pattern: tuple[MixerName, ...] = ("mesa",)
+    conv_width: int = 4
+    gate_bound: float = 0.9975
+    forget_bias: float = 4.0
+    ridge_floor: float = 0.25
+    ridge_init: float = 1.0
+    window: int = 1024
+    max_context: int = 2048
+    rope_base: float = 10000.0
+    logit_cap: float = 30.0
+    norm_eps: float = 1e-6
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["nothing", "all_but_solutions", "everything"] = "nothing"
+    solver: SolverConfig = SolverConfig()
+
+    def __post_init__(self):
+        positive = (
+            "vocab_size",
+            "num_layers",
+            "model_dim",
+            "num_heads",
+            "key_dim",
+            "value_dim",
+            "conv_width",
+            "window",
+        )
+        for field in (*positive, "max_context"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"MesaNetConfig: {field}={getattr(self, field)} must be at least 1.")
+        if self.mlp_dim < 0:
+            raise ValueError(f"MesaNetConfig: mlp_dim={self.mlp_dim} is negative; use 0 for three times model_dim.")
+        known = MixerName.__args__
+        unknown = [name for name in self.pattern if name not in known]
+        if unknown or not self.pattern:
+            raise ValueError(f"MesaNetConfig: pattern={self.pattern} must be a tuple of one or more of {known}.")
+        if self.num_layers % len(self.pattern):
+            raise ValueError(
+                f"MesaNetConfig: num_layers={self.num_layers} is no multiple of the length of pattern={self.pattern}."
+            )
+        if self.key_dim % 2 and self.pattern != ("mesa",):
+            raise ValueError(f"MesaNetConfig: key_dim={self.key_dim} is odd; rotary positions need an even one.")
+        if not 0 < self.gate_bound <= 1:
+            raise ValueError(f"MesaNetConfig: gate_bound={self.gate_bound} must lie in (0, 1]; the paper uses 0.9975.")
+        if not 0 <= self.ridge_floor < self.ridge_init:
+            raise ValueError(
+                f"MesaNetConfig: ridge_init={self.ridge_init} must exceed ridge_floor={self.ridge_floor} >= 0."
+            )
+
+    @property
+    def feed_forward_dim(self) -> int:
+        """Width of the SwiGLU."""
+        return self.mlp_dim or 3 * self.model_dim
+
+
+# "tiny" is for laptops and bytes; the others are Table G.4 of the paper with the GPT-2 vocabulary.
+SIZES = {
+    "tiny": MesaNetConfig(vocab_size=257, num_layers=4, model_dim=128, num_heads=4, key_dim=32, value_dim=32),
+    "145m": MesaNetConfig(num_layers=14, model_dim=768, num_heads=6, dtype="bfloat16", remat="all_but_solutions"),
+    "400m": MesaNetConfig(num_layers=28, model_dim=1024, num_heads=8, dtype="bfloat16", remat="all_but_solutions"),
+    "1b": MesaNetConfig(num_layers=28, model_dim=1536, num_heads=12, dtype="bfloat16", remat="all_but_solutions"),
+}

@@ -1,0 +1,41 @@
+"""Multiply-adds of a model, counted twice as usual: what utilisation is measured against."""
+
+from mesanet_jax.config import MesaNetConfig
+
+CHUNK = 64  # a matrix of the solve is applied chunk by chunk; its cost depends on the chunk's length
+
+
+def forward_flops(config: MesaNetConfig, length: int, solver_steps: float | None = None) -> float:
+    """Returns FLOPs per token of the forward pass over a sequence of `length` tokens.
+
+    Args:
+      config: the model.
+      length: tokens of the sequence; attention grows with it.
+      solver_steps: steps that a token took on average; None counts the budget.
+    """
+    c = config
+    heads = c.num_heads * (2 * c.key_dim + 2 * c.value_dim)
+    layer = 2 * c.model_dim * (heads + 3 * c.feed_forward_dim)
+    mixers = sum(_mixer_flops(c, mixer, length, solver_steps) for mixer in c.pattern) / len(c.pattern)
+    return c.num_layers * (layer + mixers) + 2 * c.model_dim * c.vocab_size
+
+
+def training_flops(config: MesaNetConfig, length: int, solver_steps: float | None = None) -> float:
+    """Returns FLOPs per token of a training step: backward is twice forward, and the adjoint solve counts once."""
+    with_solve = forward_flops(config, length, solver_steps)
+    without_solve = forward_flops(config, length, 0)
+    return 3 * without_solve + 2 * (with_solve - without_solve)
+
+
+def _mixer_flops(c: MesaNetConfig, mixer: str, length: int, solver_steps: float | None) -> float:
+    """FLOPs per token of what a mixer does beyond its projections."""
+    if mixer != "mesa":
+        span = min(length, c.window if mixer == "sliding_window" else c.max_context)
+        mean_context = span - span * (span - 1) / (2 * length)  # the first tokens see less
+        return 2 * c.num_heads * (c.key_dim + c.value_dim) * mean_context
+    steps = c.solver.max_steps if solver_steps is None else solver_steps
+    apply = 2 * c.key_dim**2 + 4 * CHUNK * c.key_dim
+    states = 2 * c.key_dim * (c.key_dim + c.value_dim)
+    read_out = 2 * c.key_dim * c.value_dim + 2 * CHUNK * (c.key_dim + c.value_dim)
+    gates = 4 * c.model_dim
+    return c.num_heads * (steps * apply + states + read_out + gates)

@@ -1,0 +1,117 @@
+"""Sampling: one call for the prompt, then token by token with a state of constant size."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mesanet_jax.model import MesaNet
+from mesanet_jax.shapes import Tokens
+from pallas_kernels import SolverConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 always takes the most likely token.
+      top_k: draw among the k most likely tokens; 0 means all.
+      top_p: draw among the fewest tokens whose probabilities add up to top_p; 1 means all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"SamplingConfig: temperature={self.temperature} is negative; 0 is greedy.")
+        if self.top_k < 0:
+            raise ValueError(f"SamplingConfig: top_k={self.top_k} is negative; 0 means all tokens.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"SamplingConfig: top_p={self.top_p} must lie in (0, 1]; 1 means all tokens.")
+
+
+def generate(
+    model: MesaNet,
+    params,
+    prompt: Tokens,
+    *,
+    num_tokens: int,
+    key: jax.Array,
+    sampling: SamplingConfig = SamplingConfig(),
+    solver: SolverConfig | None = None,
+    stop_token: int | None = None,
+) -> Tokens:
+    """Continues each prompt by num_tokens tokens.
+
+    Memory does not grow with num_tokens for mesa and sliding-window mixers; an attention mixer gets a cache of exactly
+    the length needed.
+
+    Args:
+      model, params: the model and its parameters.
+      prompt: [b, t]; shorter prompts are padded on the left with -1.
+      num_tokens: tokens to draw, at least 1.
+      key: PRNG key; the same key gives the same text.
+      sampling: how tokens are drawn.
+      solver: solver settings while generating; None keeps the model's.
+      stop_token: once drawn, the rest of that row is filled with it.
+
+    Returns:
+      [b, num_tokens] int32.
+
+    Raises:
+      ValueError: num_tokens is below 1, or the prompt is empty or not [b, t].
+    """
+    if num_tokens < 1:
+        raise ValueError(f"generate: num_tokens={num_tokens} must be at least 1.")
+    if prompt.ndim != 2 or prompt.shape[1] < 1:
+        raise ValueError(f"generate: prompt has shape {prompt.shape}; it must be [b, t] with at least one token.")
+    # parameters do not depend on these two, so the same weights serve
+    config = dataclasses.replace(
+        model.config, solver=solver or model.config.solver, max_context=prompt.shape[1] + num_tokens
+    )
+    return _generate(MesaNet(config), params, prompt, key, num_tokens, sampling, stop_token)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _generate(model: MesaNet, params, prompt, key, num_tokens: int, sampling: SamplingConfig, stop_token: int | None):
+    segment_ids = jnp.where(prompt < 0, -1, 0)
+    logits, state = model.apply(params, jnp.maximum(prompt, 0), None, segment_ids)
+
+    def draw_and_advance(carry, key):
+        logits, state, stopped = carry
+        token = draw(key, logits, sampling)
+        if stop_token is not None:
+            token = jnp.where(stopped, stop_token, token)
+            stopped = token == stop_token
+        logits, state = model.apply(params, token[:, None], state)
+        return (logits[:, -1], state, stopped), token
+
+    start = (logits[:, -1], state, jnp.zeros(prompt.shape[0], bool))
+    _, tokens = jax.lax.scan(draw_and_advance, start, jax.random.split(key, num_tokens))
+    return tokens.T
+
+
+def draw(key: jax.Array, logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Draws a token [b] for each row of logits [b, y]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        lowest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        logits = _nucleus(logits, sampling.top_p)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """Keeps the fewest most likely tokens whose probabilities reach top_p."""
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    probability = jax.nn.softmax(descending, axis=-1)
+    reached = jnp.cumsum(probability, axis=-1) - probability >= top_p  # the mass before this token is enough
+    lowest = jnp.min(jnp.where(reached, jnp.inf, descending), axis=-1, keepdims=True)
+    return jnp.where(logits < lowest, -jnp.inf, logits)

@@ -1,0 +1,147 @@
+"""What every mixer and block is made of. The mathematics is in functions; modules hold parameters.
+
+Parameters carry logical axis names; `sharding.py` says which mesh axis each name means.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mesanet_jax.config import MesaNetConfig
+from mesanet_jax.shapes import Activations, SegmentIds
+
+
+def named(init: Callable, axes: tuple[str, ...]) -> Callable:
+    """Returns the initialiser with logical axis names on what it makes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def fan_in_normal(scale: float = 1.0):
+    """Normal initialiser of variance scale / fan-in."""
+    return nn.initializers.variance_scaling(scale, "fan_in", "normal")
+
+
+def residual_init(config: MesaNetConfig):
+    """Initialiser of projections into the residual stream: variance times 2 / number of blocks (appendix G.2)."""
+    return fan_in_normal(2.0 / config.num_layers)
+
+
+def project_heads(config: MesaNetConfig, size: int, name: str) -> nn.DenseGeneral:
+    """Projection [b, t, d] -> [b, t, h, size]."""
+    return nn.DenseGeneral(
+        (config.num_heads, size),
+        use_bias=False,
+        dtype=config.dtype,
+        kernel_init=named(fan_in_normal(), ("embed", "heads", "head")),
+        name=name,
+    )
+
+
+def merge_heads(config: MesaNetConfig, name: str) -> nn.DenseGeneral:
+    """Projection [b, t, h, v] -> [b, t, d] into the residual stream."""
+    return nn.DenseGeneral(
+        config.model_dim,
+        axis=(-2, -1),
+        use_bias=False,
+        dtype=config.dtype,
+        kernel_init=named(residual_init(config), ("heads", "head", "embed")),
+        name=name,
+    )
+
+
+def rms_norm(config: MesaNetConfig, name: str) -> nn.RMSNorm:
+    """RMS norm over the model axis."""
+    scale_init = named(nn.initializers.ones, ("embed",))
+    return nn.RMSNorm(config.norm_eps, dtype=config.dtype, scale_init=scale_init, name=name)
+
+
+def head_norm(config: MesaNetConfig, name: str) -> nn.RMSNorm:
+    """RMS norm over the values of each head, with weights of its own per head (eq. 44)."""
+    scale_init = named(nn.initializers.ones, ("heads", "head"))
+    axes = {"reduction_axes": -1, "feature_axes": (-2, -1)}
+    return nn.RMSNorm(config.norm_eps, dtype=config.dtype, scale_init=scale_init, name=name, **axes)
+
+
+def unit_norm(x: jax.Array) -> jax.Array:
+    """Scales the last axis to length 1, computed in float32; tiny vectors go to 0 instead of noise."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary position encoding (arXiv 2104.09864) of x [b, t, h, k] at positions [t], computed in float32."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, None, None] * frequency
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution along time that stays within documents."""
+
+    config: MesaNetConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, history: jax.Array | None, segment_ids: SegmentIds | None):
+        """Convolves x [b, t, h, c]; history [b, w-1, h, c] holds the inputs before it, None means none.
+
+        Returns:
+          (the result, of x's shape, and the history for the next call).
+        """
+        width = self.config.conv_width
+        taps_init = named(nn.initializers.normal(width**-0.5), ("taps", "heads", "head"))
+        taps = self.param("taps", taps_init, (width, *x.shape[2:])).astype(x.dtype)
+        if history is None:
+            history = jnp.zeros((x.shape[0], width - 1, *x.shape[2:]), x.dtype)
+        padded = jnp.concatenate([history, x], axis=1)
+        return convolve(padded, taps, segment_ids), padded[:, x.shape[1] :]
+
+
+def convolve(padded: jax.Array, taps: jax.Array, segment_ids: SegmentIds | None) -> jax.Array:
+    """Returns sum_j taps[j] * x_{t-j} [b, t, h, c] over those j that reach into the same document.
+
+    Args:
+      padded: [b, w-1+t, h, c], the history and then the inputs; the history belongs to the first document.
+      taps: [w, h, c], the current token's first.
+      segment_ids: [b, t] or None.
+    """
+    width = taps.shape[0]
+    length = padded.shape[1] - width + 1
+    if segment_ids is not None:
+        before = jnp.repeat(segment_ids[:, :1], width - 1, axis=1)
+        documents = jnp.concatenate([before, segment_ids], axis=1)
+    total = jnp.zeros((padded.shape[0], length, *padded.shape[2:]), padded.dtype)
+    for lag in range(width):
+        start = width - 1 - lag
+        shifted = padded[:, start : start + length]
+        if segment_ids is not None:
+            same = documents[:, start : start + length] == segment_ids
+            shifted = jnp.where(same[..., None, None], shifted, 0)
+        total += taps[lag] * shifted
+    return total
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: (silu(x W_g) * x W_u) W_o, of width three times the model's."""
+
+    config: MesaNetConfig
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Activations:
+        """[b, t, d] -> [b, t, d]."""
+        c = self.config
+        shape, x = (
+            x.shape,
+            x.reshape(-1, x.shape[-1]),
+        )  # on CPUs gradients of products with one row axis run twice as fast
+
+        def dense(size, init, axes, name):
+            return nn.Dense(size, use_bias=False, dtype=c.dtype, kernel_init=named(init, axes), name=name)
+
+        gate = dense(c.feed_forward_dim, fan_in_normal(), ("embed", "mlp"), "gate")(x)
+        up = dense(c.feed_forward_dim, fan_in_normal(), ("embed", "mlp"), "up")(x)
+        return dense(c.model_dim, residual_init(c), ("mlp", "embed"), "out")(nn.silu(gate) * up).reshape(shape)

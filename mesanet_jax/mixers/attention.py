@@ -1,0 +1,108 @@
+"""Softmax attention with rotary positions: over the last `max_context` tokens, or over a sliding window."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mesanet_jax import layers
+from mesanet_jax.config import MesaNetConfig
+from mesanet_jax.shapes import Activations, SegmentIds
+
+
+class AttentionState(NamedTuple):
+    """A ring of the last s tokens: the token at position p sits in slot p mod s."""
+
+    k: jax.Array  # [b, s, h, k]
+    v: jax.Array  # [b, s, h, v]
+    positions: jax.Array  # [b, s] int32, position of the token in each slot; -1 where the slot is empty
+    next_position: jax.Array  # [] int32
+
+
+class Attention(nn.Module):
+    """Causal attention over the last `max_context` tokens."""
+
+    config: MesaNetConfig
+
+    @property
+    def span(self) -> int:
+        """Tokens a query sees, itself included; also the length of the cache."""
+        return self.config.max_context
+
+    @nn.compact
+    def __call__(self, x: Activations, state: AttentionState | None, segment_ids: SegmentIds | None):
+        """Returns (y [b, t, d], state); see `mesanet_jax.mixers`."""
+        c = self.config
+        start = 0 if state is None else state.next_position
+        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
+        q = layers.rotate(layers.project_heads(c, c.key_dim, "query")(x), positions, c.rope_base)
+        k = layers.rotate(layers.project_heads(c, c.key_dim, "key")(x), positions, c.rope_base)
+        v = layers.project_heads(c, c.value_dim, "value")(x)
+        if segment_ids is None:
+            segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
+        seen = _Seen(k, v, jnp.broadcast_to(positions, x.shape[:2]), segment_ids)
+        out = attend(q, positions, segment_ids, _remembered(state, segment_ids, seen), self.span)
+        return layers.merge_heads(c, "out")(out), _remember(state, seen, positions, self.span)
+
+
+class SlidingWindowAttention(Attention):
+    """Causal attention over the last `window` tokens."""
+
+    @property
+    def span(self) -> int:
+        """Tokens a query sees, itself included; also the length of the cache."""
+        return self.config.window
+
+
+class _Seen(NamedTuple):
+    """Tokens that queries may attend to."""
+
+    k: jax.Array  # [b, s, h, k]
+    v: jax.Array  # [b, s, h, v]
+    positions: jax.Array  # [b, s]
+    segment_ids: jax.Array  # [b, s]
+
+
+def attend(q: jax.Array, positions: jax.Array, segment_ids: SegmentIds, seen: _Seen, span: int) -> jax.Array:
+    """Returns attention of q [b, t, h, k] at positions [t] to the seen tokens of its document at most span - 1 back."""
+    lag = positions[None, :, None] - seen.positions[:, None, :]
+    near = (lag >= 0) & (lag < span) & (seen.positions[:, None, :] >= 0)
+    same = segment_ids[:, :, None] == seen.segment_ids[:, None, :]
+    return jax.nn.dot_product_attention(q, seen.k, seen.v, mask=(near & same)[:, None])
+
+
+def _remembered(state: AttentionState | None, segment_ids: SegmentIds, new: _Seen) -> _Seen:
+    """Puts the cache, which belongs to the first document, before the new tokens."""
+    if state is None:
+        return new
+    first = jnp.broadcast_to(segment_ids[:, :1], state.positions.shape)
+    old = _Seen(state.k, state.v, state.positions, first)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
+
+
+def _remember(state: AttentionState | None, new: _Seen, positions: jax.Array, span: int) -> AttentionState:
+    """Writes the new tokens of the last document into the ring, over the oldest."""
+    batch, length = new.positions.shape
+    documents = jax.lax.cummax(new.segment_ids, axis=1)  # padding belongs to the document before it
+    current = (new.segment_ids == documents[:, -1:]) & (new.segment_ids >= 0)
+    recent = new._replace(positions=jnp.where(current, new.positions, -1))
+    recent = jax.tree.map(lambda x: x[:, -span:], recent)
+    slots = positions[-span:] % span
+    if state is None:
+        empty = AttentionState(
+            k=jnp.zeros((batch, span, *new.k.shape[2:]), new.k.dtype),
+            v=jnp.zeros((batch, span, *new.v.shape[2:]), new.v.dtype),
+            positions=jnp.full((batch, span), -1, jnp.int32),
+            next_position=jnp.int32(0),
+        )
+    else:
+        # a document that began in this call leaves nothing of the one before it
+        begun = documents[:, :1] != documents[:, -1:]
+        empty = state._replace(positions=jnp.where(begun, -1, state.positions))
+    return AttentionState(
+        k=empty.k.at[:, slots].set(recent.k),
+        v=empty.v.at[:, slots].set(recent.v),
+        positions=empty.positions.at[:, slots].set(recent.positions),
+        next_position=empty.next_position + length,
+    )

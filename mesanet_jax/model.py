@@ -1,0 +1,137 @@
+"""The stack: embedding, residual blocks, tied read-out. A hybrid is a pattern, a size is a row of SIZES."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mesanet_jax import layers
+from mesanet_jax.config import MesaNetConfig
+from mesanet_jax.mixers import MIXERS
+from mesanet_jax.shapes import Activations, SegmentIds, Tokens
+from pallas_kernels import SolveReport
+
+REMAT_POLICIES = {
+    "all_but_solutions": jax.checkpoint_policies.save_only_these_names("mesa_solution"),
+    "everything": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """x += mixer(norm(x)); x += feed-forward(norm(x))."""
+
+    config: MesaNetConfig
+    mixer: str
+
+    @nn.compact
+    def __call__(self, x: Activations, state, segment_ids: SegmentIds | None):
+        """Returns (x [b, t, d], state of the mixer)."""
+        mixed = layers.rms_norm(self.config, "mixer_norm")(x)
+        mixed, state = MIXERS[self.mixer](self.config, name="mixer")(mixed, state, segment_ids)
+        x += mixed
+        x += layers.SwiGLU(self.config, name="mlp")(layers.rms_norm(self.config, "mlp_norm")(x))
+        return x, state
+
+
+class Period(nn.Module):
+    """One repetition of the config's pattern of mixers."""
+
+    config: MesaNetConfig
+
+    @nn.compact
+    def __call__(self, x: Activations, states: tuple, segment_ids: SegmentIds | None):
+        """Returns (x [b, t, d], states), one state per mixer of the pattern."""
+        after = []
+        for place, (mixer, state) in enumerate(zip(self.config.pattern, states, strict=True)):
+            x, state = Block(self.config, mixer, name=f"{mixer}_{place}")(x, state, segment_ids)
+            after.append(state)
+        return x, tuple(after)
+
+
+class MesaNet(nn.Module):
+    """Decoder-only language model with any pattern of mixers (arXiv 2506.05233, figure 1 and appendix G.2).
+
+    `model.init(key, tokens)` gives parameters (boxed with their logical axes; `flax.linen.unbox` takes the boxes off),
+    `model.apply(params, tokens, state)` gives `(logits [b, t, y] float32, state)`. However a sequence is cut into
+    calls, down to single tokens, the logits are the same as long as the state is carried.
+    """
+
+    config: MesaNetConfig
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, state=None, segment_ids: SegmentIds | None = None):
+        """Predicts the token after each given one.
+
+        Args:
+          tokens: ids in [0, vocab_size).
+          state: what the last call returned; None starts an empty context.
+          segment_ids: number of the document each token belongs to, not decreasing along t; documents do not see each
+            other, and `state` belongs to the first. Negative ids mark padding.
+
+        Raises:
+          TypeError, ValueError: tokens or segment_ids are not integers [b, t].
+        """
+        c = self.config
+        _check(tokens, segment_ids)
+        embedding = nn.Embed(
+            c.vocab_size,
+            c.model_dim,
+            dtype=c.dtype,
+            embedding_init=layers.named(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed")),
+            name="embedding",
+        )
+        x = embedding(tokens) * jnp.asarray(c.model_dim**0.5, c.dtype)
+        states = (None,) * len(c.pattern) if state is None else state
+        x, states = _stack(c)(x, states, segment_ids)
+        x = layers.rms_norm(c, "out_norm")(x)
+        logits = embedding.attend(x).astype(jnp.float32)
+        return c.logit_cap * jnp.tanh(logits / c.logit_cap), states
+
+
+def apply_with_report(model: MesaNet, params, tokens: Tokens, state=None, segment_ids: SegmentIds | None = None):
+    """Applies the model and also returns how well its systems were solved.
+
+    Returns:
+      (logits, state, SolveReport of arrays [l, b, t, h] with a row per mesa layer from the bottom up, or None if the
+      model has no mesa layer).
+    """
+    (logits, state), watched = model.apply(params, tokens, state, segment_ids, mutable=["intermediates"])
+    reports = _reports(watched)
+    if not reports:
+        return logits, state, None
+    # [periods, b, t, h] for each mesa mixer of the pattern -> [periods, mixers, ...] -> [l, ...]
+    report = jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *reports)
+    return logits, state, report
+
+
+def num_parameters(params) -> int:
+    """Returns how many numbers the parameters (or their shapes) hold."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _stack(config: MesaNetConfig) -> nn.Module:
+    """All periods as one scan, so that compile time does not grow with depth."""
+    period = Period
+    if config.remat in REMAT_POLICIES:
+        period = nn.remat(Period, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    return nn.scan(
+        period,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=config.num_layers // len(config.pattern),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config, name="layers")
+
+
+def _reports(watched) -> list[SolveReport]:
+    is_report = lambda x: isinstance(x, SolveReport)  # noqa: E731
+    return [x for x in jax.tree.leaves(watched, is_leaf=is_report) if is_report(x)]
+
+
+def _check(tokens, segment_ids) -> None:
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"MesaNet: tokens have dtype {tokens.dtype}; pass integers.")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"MesaNet: tokens have shape {tokens.shape}; they must be [b, t] with at least one token.")
+    if segment_ids is not None and segment_ids.shape != tokens.shape:
+        raise ValueError(f"MesaNet: segment_ids have shape {segment_ids.shape}; tokens have {tokens.shape}.")

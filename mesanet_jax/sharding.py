@@ -1,0 +1,84 @@
+"""The one table from logical axes to mesh axes, and the operators wrapped for a mesh.
+
+A mesh has the axes `data` (replicas), `fsdp` (replicas that share parameters) and `tensor` (heads and features). Models
+name logical axes only. Inside `with jax.set_mesh(mesh)` the operators split themselves by batch and heads, because a
+compiler cannot split a kernel; without a mesh they run as they are.
+"""
+
+import functools
+
+import jax
+from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels
+from pallas_kernels import MesaState, SolveReport
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("head", None),
+    ("taps", None),
+    ("layers", None),
+)
+
+
+def parameter_shardings(boxed_parameters, mesh: jax.sharding.Mesh):
+    """Returns a NamedSharding for each parameter (or shape) whose box names logical axes; replicated without a box."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_parameters), mesh, RULES)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, leading_axes: int = 0) -> NamedSharding:
+    """Returns the sharding of [..., b, t] arrays with some unsharded axes before the batch."""
+    return NamedSharding(mesh, P(*[None] * leading_axes, dict(RULES)["batch"]))
+
+
+def mesa(q, k, v, log_decay, beta, ridge, state, *, segment_ids, solver, with_report, implementation=None):
+    """Runs `pallas_kernels.mesa_chunk`, or `mesa_step` for a single token, split over the mesh in use, if any.
+
+    Arguments and results are those of `mesa_chunk`.
+    """
+    choices = {"solver": solver, "with_report": with_report, "implementation": implementation}
+    if q.shape[1] == 1 and segment_ids is None and state is not None:
+        operator = functools.partial(_one_token, **choices)
+    else:
+        operator = functools.partial(_sequence, **choices)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return operator(q, k, v, log_decay, beta, ridge, state, segment_ids)
+    batch = _dividing(mesh, "batch", q.shape[0])
+    heads = _dividing(mesh, "heads", q.shape[2])
+    sequence, gates = P(batch, None, heads, None), P(batch, None, heads)
+    states = MesaState(P(batch, heads, None, None), P(batch, heads, None, None))
+    in_specs = (sequence, sequence, sequence, gates, gates, P(heads, None), states, P(batch, None))
+    absent = {6: state is None, 7: segment_ids is None}
+    in_specs = tuple(None if absent.get(i) else spec for i, spec in enumerate(in_specs))
+    out_specs = (sequence, states, SolveReport(gates, gates)) if with_report else (sequence, states)
+    split = jax.shard_map(operator, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return split(q, k, v, log_decay, beta, ridge, state, segment_ids)
+
+
+def _sequence(q, k, v, log_decay, beta, ridge, state, segment_ids, **choices):
+    return pallas_kernels.mesa_chunk(q, k, v, log_decay, beta, ridge, state, segment_ids=segment_ids, **choices)
+
+
+def _one_token(q, k, v, log_decay, beta, ridge, state, _, **choices):
+    q, k, v, log_decay, beta = (x[:, 0] for x in (q, k, v, log_decay, beta))
+    out, state, *report = pallas_kernels.mesa_step(q, k, v, log_decay, beta, ridge, state, **choices)
+    return (out[:, None], state, *jax.tree.map(lambda x: x[:, None], report))
+
+
+def _dividing(mesh, logical_axis: str, size: int):
+    """Mesh axes of a logical axis, or None where they do not divide its size (a batch of one while decoding, say)."""
+    axes = dict(RULES)[logical_axis]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    devices = 1
+    for name in names:
+        devices *= mesh.shape[name]
+    return axes if size % devices == 0 else None

@@ -1,0 +1,171 @@
+"""One optimizer step as a pure function of state and batch."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mesanet_jax.loss import Batch, targets_and_weights, total_loss
+from mesanet_jax.model import MesaNet, apply_with_report
+from mesanet_jax.sharding import parameter_shardings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as in the paper (arXiv 2506.05233, appendix G.3).
+
+    Attributes:
+      peak_lr: learning rate after warm-up.
+      start_lr: learning rate of the first step.
+      final_fraction: share of peak_lr that the cosine ends at.
+      warmup_steps: steps of linear warm-up.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decay of matrices; embedding, norms, biases and ridge have none.
+      clip_norm: largest norm of a gradient.
+    """
+
+    peak_lr: float = 1e-3
+    start_lr: float = 1e-6
+    final_fraction: float = 0.1
+    warmup_steps: int = 2000
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.peak_lr <= 0:
+            raise ValueError(f"OptimizerConfig: peak_lr={self.peak_lr} must be positive.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"OptimizerConfig: warmup_steps={self.warmup_steps} is negative.")
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes. Randomness is a function of (seed, step), so no key is carried."""
+
+    step: jax.Array  # [] int32, updates done
+    params: dict
+    opt_state: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Measurements of one step, each a scalar; the solver's are NaN for a model without mesa layers."""
+
+    loss: jax.Array  # nats per target token
+    grad_norm: jax.Array  # before clipping
+    num_targets: jax.Array
+    solver_steps: jax.Array  # mean over tokens, heads and layers
+    solver_residual: jax.Array  # worst relative residual
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine that ends after num_steps."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.start_lr,
+        peak_value=config.peak_lr,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(num_steps, config.warmup_steps + 1),
+        end_value=config.final_fraction * config.peak_lr,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Returns clipped AdamW with the schedule and decay mask of the config."""
+    adamw = optax.adamw(
+        learning_rate(config, num_steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def init_train_state(key: jax.Array, model: MesaNet, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step; jit it with shardings to create it in place."""
+    params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def train_state_shardings(model: MesaNet, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
+    """Returns the sharding of every array of a TrainState; moments lie where their parameters do."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    params = parameter_shardings(boxed, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, nn.unbox(boxed)),
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(replicated, params, opt_state)
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, model: MesaNet, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """Does one update from micro-batches: batch arrays are [a, b, t + 1].
+
+    Gradients are summed over micro-batches and divided by the number of target tokens once, so that splitting a batch
+    changes nothing but rounding.
+    """
+
+    def accumulate(carry, micro: Batch):
+        grads, loss, watched = carry
+        (micro_loss, micro_watched), micro_grads = jax.value_and_grad(_loss, has_aux=True)(state.params, micro, model)
+        grads = jax.tree.map(jnp.add, grads, micro_grads)
+        return (grads, loss + micro_loss, _merge(watched, micro_watched)), None
+
+    nothing = _Watched(*(jnp.float32(0) for _ in _Watched._fields))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (grads, loss, watched), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0), nothing), batch)
+    num_targets = jnp.maximum(watched.num_targets, 1)
+    grads = jax.tree.map(lambda g: g / num_targets, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = Metrics(
+        loss=loss / num_targets,
+        grad_norm=optax.global_norm(grads),
+        num_targets=watched.num_targets,
+        solver_steps=watched.solver_steps / watched.solves,  # 0 / 0 is the NaN that says "no mesa layer"
+        solver_residual=jnp.where(watched.solves > 0, watched.solver_residual, jnp.nan),
+    )
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+class _Watched(NamedTuple):
+    """What micro-batches are summed (or, for the residual, maximised) over."""
+
+    num_targets: jax.Array
+    solver_steps: jax.Array
+    solver_residual: jax.Array
+    solves: jax.Array
+
+
+def _merge(a: _Watched, b: _Watched) -> _Watched:
+    merged = _Watched(*map(jnp.add, a, b))
+    return merged._replace(solver_residual=jnp.maximum(a.solver_residual, b.solver_residual))
+
+
+def _loss(params, batch: Batch, model: MesaNet) -> tuple[jax.Array, _Watched]:
+    targets, weights = targets_and_weights(batch)
+    logits, _, report = apply_with_report(model, params, batch.tokens[:, :-1], None, batch.segment_ids[:, :-1])
+    steps = residual = solves = jnp.float32(0)
+    if report is not None:
+        steps, residual = jnp.sum(report.num_steps).astype(jnp.float32), jnp.max(report.residual)
+        solves = jnp.float32(report.num_steps.size)
+    return total_loss(logits, targets, weights), _Watched(jnp.sum(weights), steps, residual, solves)
+
+
+def _decayed(params):
+    """True for parameters with weight decay: those whose last name is not one of the undecayed."""
+    undecayed = {"embedding", "scale", "bias", "ridge"}
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in undecayed, params)

@@ -36,6 +36,10 @@ class Checkpoints:
         """Returns the newest step that is complete, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns the steps of all complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state) -> None:
         """Saves a pytree of arrays under `step`; returns before it is on disk.
 
@@ -52,7 +56,10 @@ class Checkpoints:
         """Returns the state saved under `step`, with the shapes, dtypes and shardings of `like` (arrays or shapes)."""
         return cast(State, self._manager.restore(step, args=ocp.args.StandardRestore(like)))
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -204,6 +204,7 @@ def _load(source: str, *args, **kwargs):
     """Loads with `datasets`, which is imported here because it takes seconds and bytes do not need it."""
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*args, **kwargs)
     except Exception as error:  # hub, file and format errors have no common type

@@ -27,8 +27,10 @@ class Logbook:
         self._file.write(_line(entry))
         self._file.flush()
 
-    def close(self) -> None:
-        """Closes the file."""
+    def __enter__(self) -> "Logbook":
+        return self
+
+    def __exit__(self, *error) -> None:
         self._file.close()
 
 

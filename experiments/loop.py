@@ -44,30 +44,25 @@ def train(config: RunConfig) -> TrainState:
     """
     tokenizer = create_or_reopen(config)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    training, held_out = training_batches(config.data, tokenizer), held_out_batches(config.data, tokenizer)
+    with jax.set_mesh(mesh), Checkpoints(config.output / "checkpoints", config.keep) as checkpoints:
         steps = _Steps.compile(config, mesh)
-        training, held_out = training_batches(config.data, tokenizer), held_out_batches(config.data, tokenizer)
-        checkpoints = Checkpoints(config.output / "checkpoints", config.keep)
         state, first = _start(config, steps, checkpoints)
-        logbook = Logbook(config.output / "log.jsonl", first)
-        console = _Console(config, first)
-        console.say(_introduction(config, state, mesh, first))
-        journal = _Journal(config, logbook, console, matmul_peak(mesh))
-        for step in range(first, config.num_steps):
-            batch = steps.place(training[step], config.micro_batches)
-            begin = time.perf_counter()
-            state, metrics = steps.train(state, batch)
-            journal.note(step, metrics, begin)
-            done = step + 1 == config.num_steps
-            if done or (config.eval_every and (step + 1) % config.eval_every == 0):
-                journal.wait()
-                journal.settle(held_out_loss=_held_out_loss(state, held_out, steps, config.eval_batches))
-            if done or (step + 1) % config.save_every == 0:
-                journal.settle()  # the logbook first, so that it never lacks a step that the checkpoint has
-                checkpoints.save(step + 1, state)
-        checkpoints.close()
-        logbook.close()
-        console.close()
+        with Logbook(config.output / "log.jsonl", first) as logbook, _Console(config, first) as console:
+            console.say(_introduction(config, state, mesh, first))
+            journal = _Journal(config, logbook, console, matmul_peak(mesh))
+            for step in range(first, config.num_steps):
+                batch = steps.place(training[step], config.micro_batches)
+                begin = time.perf_counter()
+                state, metrics = steps.train(state, batch)
+                journal.note(step, metrics, begin)
+                done = step + 1 == config.num_steps
+                if done or (config.eval_every and (step + 1) % config.eval_every == 0):
+                    journal.wait()
+                    journal.settle(held_out_loss=_held_out_loss(state, held_out, steps, config.eval_batches))
+                if done or (step + 1) % config.save_every == 0:
+                    journal.settle()  # the logbook first, so that it never lacks a step that the checkpoint has
+                    checkpoints.save(step + 1, state)
     return state
 
 
@@ -215,7 +210,10 @@ class _Console:
                 flush=True,
             )
 
-    def close(self) -> None:
+    def __enter__(self) -> "_Console":
+        return self
+
+    def __exit__(self, *error) -> None:
         """Leaves the bar as it is."""
         self._bar.close()
 

@@ -16,7 +16,7 @@ from experiments.data import DataConfig
 from experiments.mesh import MeshConfig
 from experiments.tokenizers import Tokenizer, load_tokenizer
 from mesanet_jax import MesaNet, MesaNetConfig
-from mesanet_jax.train import OptimizerConfig, TrainState, init_train_state, make_optimizer
+from mesanet_jax.train import OptimizerConfig, init_train_state, make_optimizer
 
 # Fields that a run may be started again with other values of: they change what is seen of it, not what it computes.
 FREE_FIELDS = {"output", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_batches"}
@@ -86,15 +86,14 @@ def open_run(path: Path, step: int | None = None) -> Run:
     """
     config = _read_config(path)
     model = MesaNet(config.model)
-    checkpoints = Checkpoints.open(path / "checkpoints")
-    step = checkpoints.latest_step() if step is None else step
-    if step is None:
-        raise UserError(f"run: {path} has no checkpoint yet; train it for save_every steps first.")
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    like = jax.eval_shape(lambda key: init_train_state(key, model, optimizer), jax.random.key(0))
-    state: TrainState = checkpoints.restore(step, like)
-    checkpoints.close()
     tokenizer = stored_tokenizer(path, config)
+    with Checkpoints.open(path / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        if step not in checkpoints.steps():
+            raise UserError(f"run: {path} has no checkpoint {step or ''}; it has {checkpoints.steps() or 'none yet'}.")
+        optimizer = make_optimizer(config.optimizer, config.num_steps)
+        like = jax.eval_shape(lambda key: init_train_state(key, model, optimizer), jax.random.key(0))
+        state = checkpoints.restore(step, like)
     return Run(path.name or str(path), path, config, model, state.params, tokenizer, step)
 
 

@@ -83,8 +83,11 @@ class MesaNetConfig:
             raise ValueError(
                 f"MesaNetConfig: num_layers={self.num_layers} is no multiple of the length of pattern={self.pattern}."
             )
-        if self.key_dim % 2 and self.pattern != ("mesa",):
-            raise ValueError(f"MesaNetConfig: key_dim={self.key_dim} is odd; rotary positions need an even one.")
+        if set(self.pattern) != {"mesa"} and (self.key_dim % 2 or self.key_dim != self.value_dim):
+            raise ValueError(
+                f"MesaNetConfig: attention needs an even key_dim and as large a value_dim, "
+                f"not {self.key_dim} and {self.value_dim}."
+            )
         if not 0 < self.gate_bound <= 1:
             raise ValueError(f"MesaNetConfig: gate_bound={self.gate_bound} must lie in (0, 1]; the paper uses 0.9975.")
         if not 0 <= self.ridge_floor < self.ridge_init:
@@ -100,7 +103,7 @@ class MesaNetConfig:
 
 # "tiny" is for laptops and bytes; the others are Table G.4 of the paper with the GPT-2 vocabulary.
 SIZES = {
-    "tiny": MesaNetConfig(vocab_size=257, num_layers=4, model_dim=128, num_heads=4, key_dim=32, value_dim=32),
+    "tiny": MesaNetConfig(vocab_size=257, num_layers=2, model_dim=128, num_heads=4, key_dim=32, value_dim=32),
     "145m": MesaNetConfig(num_layers=14, model_dim=768, num_heads=6, dtype="bfloat16", remat="all_but_solutions"),
     "400m": MesaNetConfig(num_layers=28, model_dim=1024, num_heads=8, dtype="bfloat16", remat="all_but_solutions"),
     "1b": MesaNetConfig(num_layers=28, model_dim=1536, num_heads=12, dtype="bfloat16", remat="all_but_solutions"),

@@ -133,7 +133,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = Metrics(
         loss=loss / num_targets,
-        grad_norm=optax.global_norm(grads),
+        grad_norm=optax.tree.norm(grads),
         num_targets=watched.num_targets,
         solver_steps=watched.solver_steps / watched.solves,  # 0 / 0 is the NaN that says "no mesa layer"
         solver_residual=jnp.where(watched.solves > 0, watched.solver_residual, jnp.nan),

@@ -1,0 +1,186 @@
+"""Text to batches: nothing lost, nothing mixed, nothing depends on when it is read."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from experiments.cli import UserError
+from experiments.data import (
+    DataConfig,
+    PackedWindows,
+    held_out_batches,
+    held_out_documents,
+    is_held_out,
+    training_batches,
+)
+from experiments.tokenizers import ByteTokenizer, load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Forty texts of different lengths in three formats."""
+    texts = [f"text number {i}: " + "äbc " * (i % 7 + 1) for i in range(40)]
+    for i, text in enumerate(texts[:10]):
+        (tmp_path / f"{i}.txt").write_text(text)
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[10:]))
+    return tmp_path, texts
+
+
+def config_for(path, **changes) -> DataConfig:
+    return DataConfig(**({"source": str(path), "held_out": 0.2, "length": 16, "batch_size": 4} | changes))
+
+
+def test_windows_hold_every_token_once_and_pad_only_the_last():
+    documents = [np.array([256, *range(n)], np.int32) for n in (5, 1, 17, 0, 9)]
+    windows = PackedWindows(documents, length=8)
+    pieces = [windows[i] for i in range(len(windows))]
+    stream = np.concatenate(documents)
+    # each window predicts its last `length` tokens, so without their first tokens the windows tile the stream
+    tiled = np.concatenate([piece.tokens[1:][piece.segment_ids[1:] >= 0] for piece in pieces])
+    np.testing.assert_array_equal(tiled, stream[1:])
+    assert all((piece.segment_ids >= 0).all() for piece in pieces[:-1])
+
+
+def test_a_segment_is_a_document():
+    documents = [np.array([256, *[n] * n], np.int32) for n in (3, 5, 2)]
+    window = PackedWindows(documents, length=12)[0]
+    np.testing.assert_array_equal(window.tokens, [256, 3, 3, 3, 256, 5, 5, 5, 5, 5, 256, 2, 2])
+    np.testing.assert_array_equal(window.segment_ids, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2])
+
+
+def test_batch_n_is_a_function_of_n(folder):
+    config = config_for(folder[0])
+    first, again = (training_batches(config, ByteTokenizer()) for _ in range(2))
+    for n in (0, 3, 100, 7):  # far beyond one epoch, and in any order
+        np.testing.assert_array_equal(first[n].tokens, again[n].tokens)
+        np.testing.assert_array_equal(first[n].segment_ids, again[n].segment_ids)
+    assert first[0].tokens.shape == (4, 17)
+
+
+def test_an_epoch_sees_every_window_and_the_next_in_another_order(folder):
+    batches = training_batches(config_for(folder[0], batch_size=1), ByteTokenizer())
+    windows = [batches[n].tokens.tobytes() for n in range(400)]
+    epoch = next(n for n in range(1, 200) if sorted(windows[:n]) == sorted(windows[n : 2 * n]))
+    assert len(set(windows[:epoch])) == len(set(windows)) > 20
+    assert windows[:epoch] != windows[epoch : 2 * epoch]
+
+
+def test_held_out_documents_are_never_trained_on(folder):
+    path, texts = folder
+    config = config_for(path, batch_size=1, length=10_000)
+    tokenizer = ByteTokenizer()
+    trained = training_batches(config, tokenizer)[0]
+    seen = tokenizer.decode(trained.tokens[0][trained.segment_ids[0] >= 0])
+    held_out = held_out_documents(config, tokenizer)
+    assert 0 < len(held_out) < len(texts)
+    for document in held_out:
+        assert tokenizer.decode(document.tokens) not in seen
+        assert document.tokens[0] == tokenizer.bos
+    kept = [text for text in texts if text in seen]
+    assert len(kept) + len(held_out) == len(texts)
+
+
+def test_the_share_of_held_out_names_is_the_one_asked_for():
+    names = [f"package/file_{i}.py" for i in range(5000)]
+    assert np.mean([is_held_out(name, 0.1) for name in names]) == pytest.approx(0.1, abs=0.01)
+
+
+def test_held_out_batches_are_the_same_text_every_time(folder):
+    config = config_for(folder[0])
+    a, b = (held_out_batches(config, ByteTokenizer()) for _ in range(2))
+    assert len(a) == len(b) > 0
+    np.testing.assert_array_equal(a[0].tokens, b[0].tokens)
+
+
+def test_the_standard_library_is_there_without_a_download():
+    documents = held_out_documents(DataConfig(), ByteTokenizer())
+    assert len(documents) > 20
+    assert all("test" not in d.name.split("/") and d.name.endswith(".py") for d in documents)
+
+
+def test_parquet_and_jsonl_and_text_say_the_same(tmp_path):
+    import pandas
+
+    texts = [f"line {i} of some text" for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+    pandas.DataFrame({"body": texts}).to_parquet(tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        config = config_for(tmp_path / name, text_field="body", held_out=1 - 1e-9)
+        found = {ByteTokenizer().decode(d.tokens) for d in held_out_documents(config, ByteTokenizer())}
+        assert found == set(texts)
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    """A byte-level BPE of 300 tokens, trained here."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["some text to learn pairs of letters from, some more text"], trainer)
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    return file
+
+
+@pytest.mark.parametrize("text", ["some text", "äöü, 漢字 and 🙂 more", "", "a", "  spaces  "])
+def test_token_bytes_add_up_to_the_text(tokenizer_file, text):
+    for tokenizer in (ByteTokenizer(), load_tokenizer(str(tokenizer_file))):
+        ids, num_bytes = tokenizer.encode_with_bytes(text)
+        assert len(ids) == len(num_bytes)
+        assert num_bytes.sum() == len(text.encode())
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_bytes_survive_the_round_trip():
+    text = "def f(x):\n    return 'äöü 漢字 🙂'\n"
+    assert ByteTokenizer().decode([256, *ByteTokenizer().encode(text)]) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": "no/such/place"}, "data.source: no/such/place is no readable file or folder and no dataset"),
+        ({"text_field": "body"}, r"data.text_field: .*lines.jsonl has no column 'body'; it has \['text'\]"),
+        ({"held_out": 1e-6}, "data.held_out: a share of 1e-06 leaves no held-out text"),
+        ({"held_out": 0.9999999}, "data.source: .* leaves no text to train on"),
+    ],
+)
+def test_bad_sources_end_in_a_sentence(folder, changes, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = dataclasses.replace(config_for(folder[0]), **changes)
+    with pytest.raises(UserError, match=words):
+        training_batches(config, ByteTokenizer())
+        held_out_documents(config, ByteTokenizer())
+
+
+def test_unreadable_and_empty_files_end_in_a_sentence(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("ä".encode("latin-1"))
+    with pytest.raises(UserError, match=r"data.source: .*latin.txt cannot be read as UTF-8 text"):
+        training_batches(config_for(tmp_path), ByteTokenizer())
+    (tmp_path / "latin.txt").write_text("")
+    with pytest.raises(UserError, match="leaves no text to train on"):
+        training_batches(config_for(tmp_path), ByteTokenizer())
+
+
+def test_bad_tokenizers_end_in_a_sentence(tmp_path, tokenizer_file):
+    with pytest.raises(UserError, match=r"data.tokenizer: .*missing.json is not a file"):
+        load_tokenizer(str(tmp_path / "missing.json"))
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(UserError, match=r"data.tokenizer: .*broken.json is not a tokenizer.json file"):
+        load_tokenizer(str(tmp_path / "broken.json"))
+    with pytest.raises(UserError, match=r"data.bos_token: .* name the token that begins a document"):
+        load_tokenizer(str(tokenizer_file), "<nothing>")
+
+
+@pytest.mark.parametrize("field", ["length", "batch_size", "held_out"])
+def test_bad_numbers_end_in_a_sentence(field):
+    with pytest.raises(ValueError, match=f"DataConfig: {field}=0"):
+        DataConfig(**{field: 0})

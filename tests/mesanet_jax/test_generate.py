@@ -1,0 +1,117 @@
+"""Sampling: what is drawn, from what, and at what price."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mesanet_jax import SIZES, MesaNet, SamplingConfig, SolverConfig, generate
+from mesanet_jax.generate import draw
+
+SMALL = dataclasses.replace(
+    SIZES["tiny"], vocab_size=31, num_layers=2, model_dim=32, num_heads=2, key_dim=16, value_dim=16, window=5
+)
+GREEDY = SamplingConfig(temperature=0)
+
+
+@pytest.fixture(scope="module", params=[("mesa",), ("attention",), ("sliding_window", "mesa")], ids="+".join)
+def setup(request):
+    model = MesaNet(dataclasses.replace(SMALL, pattern=request.param))
+    prompt = jax.random.randint(jax.random.key(1), (2, 12), 0, SMALL.vocab_size)
+    return model, model.init(jax.random.key(0), prompt), prompt
+
+
+def test_greedy_generation_takes_the_most_likely_token_of_the_whole_text_each_time(setup):
+    model, params, prompt = setup
+    text = jnp.concatenate(
+        [prompt, generate(model, params, prompt, num_tokens=8, key=jax.random.key(0), sampling=GREEDY)], 1
+    )
+    logits, _ = model.apply(params, text)
+    np.testing.assert_array_equal(jnp.argmax(logits[:, 11:-1], -1), text[:, 12:])
+
+
+def test_padding_on_the_left_changes_nothing(setup):
+    model, params, prompt = setup
+    padded = jnp.pad(prompt, ((0, 0), (4, 0)), constant_values=-1)
+    plain, shifted = (
+        generate(model, params, p, num_tokens=8, key=jax.random.key(0), sampling=GREEDY) for p in (prompt, padded)
+    )
+    np.testing.assert_array_equal(plain, shifted)
+
+
+def test_the_same_key_gives_the_same_text_and_another_key_another(setup):
+    model, params, prompt = setup
+    texts = [generate(model, params, prompt, num_tokens=8, key=jax.random.key(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(texts[0], texts[1])
+    assert (texts[0] != texts[2]).any()
+
+
+def test_after_the_stop_token_nothing_else_comes(setup):
+    model, params, prompt = setup
+    free = np.asarray(generate(model, params, prompt, num_tokens=8, key=jax.random.key(0)))
+    stop = int(free[0, 3])
+    stopped = np.asarray(generate(model, params, prompt, num_tokens=8, key=jax.random.key(0), stop_token=stop))
+    for row in stopped:
+        after = np.flatnonzero(row == stop)
+        assert not len(after) or (row[after[0] :] == stop).all()
+    assert (stopped[0, 3:] == stop).all()
+
+
+def test_generation_has_solver_settings_of_its_own():
+    model = MesaNet(SMALL)
+    prompt = jax.random.randint(jax.random.key(1), (4, 12), 0, SMALL.vocab_size)
+    params = model.init(jax.random.key(0), prompt)
+    exact = generate(model, params, prompt, num_tokens=16, key=jax.random.key(0))
+    none = generate(model, params, prompt, num_tokens=16, key=jax.random.key(0), solver=SolverConfig(max_steps=0))
+    tight = generate(model, params, prompt, num_tokens=16, key=jax.random.key(0), solver=SolverConfig(tolerance=1e-6))
+    np.testing.assert_array_equal(exact, tight)
+    assert (exact != none).any()
+
+
+def frequencies(sampling: SamplingConfig) -> np.ndarray:
+    """Share of 4,000 draws that each of four tokens with probabilities .5, .25, .15, .1 gets."""
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+    drawn = draw(jax.random.key(0), jnp.tile(logits, (4000, 1)), sampling)
+    return np.bincount(np.asarray(drawn), minlength=4) / 4000
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (SamplingConfig(), [0.5, 0.25, 0.15, 0.1]),
+        (SamplingConfig(temperature=0.5), [0.725, 0.181, 0.065, 0.029]),  # squares, normalised
+        (SamplingConfig(temperature=0), [1, 0, 0, 0]),
+        (SamplingConfig(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (SamplingConfig(top_k=9), [0.5, 0.25, 0.15, 0.1]),
+        (SamplingConfig(top_p=0.6), [2 / 3, 1 / 3, 0, 0]),  # .5 is not enough, .75 is
+        (SamplingConfig(top_p=0.01), [1, 0, 0, 0]),
+        (SamplingConfig(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),  # of the three, .556 + .278 = .833
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution_asked_for(sampling, expected):
+    np.testing.assert_allclose(frequencies(sampling), expected, atol=0.03)
+    assert (frequencies(sampling)[np.array(expected) == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: SamplingConfig(temperature=-1), "temperature=-1 is negative"),
+        (lambda: SamplingConfig(top_k=-1), "top_k=-1 is negative"),
+        (lambda: SamplingConfig(top_p=0), "top_p=0 must lie in"),
+        (
+            lambda: generate(MesaNet(SMALL), {}, jnp.zeros((1, 2), jnp.int32), num_tokens=0, key=jax.random.key(0)),
+            "num_tokens=0 must be at least 1",
+        ),
+        (
+            lambda: generate(MesaNet(SMALL), {}, jnp.zeros((1, 0), jnp.int32), num_tokens=1, key=jax.random.key(0)),
+            "prompt has shape",
+        ),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

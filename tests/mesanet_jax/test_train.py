@@ -1,0 +1,116 @@
+"""Loss, schedule and the optimizer step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mesanet_jax import SIZES, MesaNet
+from mesanet_jax.flops import forward_flops, training_flops
+from mesanet_jax.loss import Batch, targets_and_weights, total_loss
+from mesanet_jax.train import OptimizerConfig, init_train_state, learning_rate, make_optimizer, train_step
+from tests import tolerances
+
+SMALL = dataclasses.replace(
+    SIZES["tiny"], vocab_size=31, num_layers=1, model_dim=32, num_heads=2, key_dim=16, value_dim=16
+)
+OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=2)
+
+
+@functools.cache
+def compiled(pattern=("mesa",)):
+    """Returns a fresh state and the jitted step."""
+    model = MesaNet(dataclasses.replace(SMALL, pattern=pattern))
+    optimizer = make_optimizer(OPTIMIZER, 50)
+    state = init_train_state(jax.random.key(0), model, optimizer)
+    return state, jax.jit(functools.partial(train_step, model=model, optimizer=optimizer))
+
+
+def batch(micro_batches: int = 1) -> Batch:
+    """Eight rows of 21 tokens, some packed, one padded."""
+    tokens = jax.random.randint(jax.random.key(3), (8, 21), 0, SMALL.vocab_size)
+    ids = jnp.zeros((8, 21), jnp.int32).at[2, 9:].set(1).at[5, 15:].set(-1)
+    return jax.tree.map(lambda x: x.reshape(micro_batches, -1, 21), Batch(tokens, ids))
+
+
+def test_targets_stay_inside_documents_and_leave_out_padding():
+    ids = jnp.array([[0, 0, 1, 1, -1]])
+    targets, weights = targets_and_weights(Batch(jnp.array([[9, 1, 9, 2, 0]]), ids))
+    np.testing.assert_array_equal(targets, [[1, 9, 2, 0]])
+    np.testing.assert_array_equal(weights, [[1, 0, 1, 0]])  # 9 begins a document and 0 is padding
+
+
+def test_loss_is_the_sum_of_negative_log_probabilities_and_ignores_a_nan_of_no_weight():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [jnp.nan] * 3]]))
+    loss = total_loss(logits, jnp.array([[1, 2, 0]]), jnp.array([[1.0, 1.0, 0.0]]))
+    assert float(loss) == pytest.approx(-np.log(0.25) - np.log(0.8), rel=1e-6)
+
+
+def test_splitting_a_batch_into_micro_batches_changes_only_rounding():
+    state, step = compiled()
+    (whole, metrics), (parts, metrics_of_parts) = step(state, batch(1)), step(state, batch(4))
+    assert float(metrics_of_parts.loss) == pytest.approx(float(metrics.loss), rel=1e-6)
+    assert metrics.num_targets == metrics_of_parts.num_targets == 8 * 20 - 1 - 6
+    for a, b in zip(jax.tree.leaves(parts.opt_state), jax.tree.leaves(whole.opt_state), strict=True):
+        tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
+
+
+@pytest.mark.parametrize("pattern", [("mesa",), ("attention",)], ids="+".join)
+def test_a_model_learns_a_batch_by_heart(pattern):
+    state, step = compiled(pattern)
+    losses = []
+    for _ in range(50):
+        state, metrics = step(state, batch())
+        losses.append(float(metrics.loss))
+    assert losses[0] > 3
+    assert losses[-1] < 0.5
+
+
+def test_solver_metrics_are_true_for_mesa_and_nan_without_it():
+    _, metrics = compiled()[1](compiled()[0], batch())
+    assert 0 < metrics.solver_steps <= SMALL.solver.max_steps
+    assert 0 < metrics.solver_residual < 1e-5
+    _, metrics = compiled(("attention",))[1](compiled(("attention",))[0], batch())
+    assert np.isnan(metrics.solver_steps) and np.isnan(metrics.solver_residual)
+
+
+def test_weight_decay_spares_embedding_norms_biases_and_ridge():
+    config = dataclasses.replace(OPTIMIZER, weight_decay=0.5, start_lr=1e-2, warmup_steps=0)
+    model = MesaNet(SMALL)
+    optimizer = make_optimizer(config, 50)
+    state = init_train_state(jax.random.key(0), model, optimizer)
+    nothing = jax.tree.map(jnp.zeros_like, state.params)
+    updates, _ = optimizer.update(nothing, state.opt_state, state.params)
+    decayed = {path[-1].key for path, u in jax.tree_util.tree_leaves_with_path(updates) if jnp.abs(u).max() > 0}
+    assert decayed == {"kernel", "taps"}
+
+
+def test_the_schedule_warms_up_to_the_peak_and_ends_at_a_tenth():
+    schedule = learning_rate(OptimizerConfig(peak_lr=1e-3, warmup_steps=10), 100)
+    assert float(schedule(0)) == pytest.approx(1e-6, rel=1e-4)
+    assert float(schedule(5)) == pytest.approx(5.005e-4)
+    assert float(schedule(10)) == pytest.approx(1e-3)
+    assert float(schedule(55)) == pytest.approx(5.5e-4)
+    assert float(schedule(100)) == pytest.approx(1e-4)
+
+
+def test_gradients_are_clipped_to_norm_one_before_they_enter_the_moments():
+    state, _ = compiled()
+    huge = jax.tree.map(lambda x: 1e6 * jnp.ones_like(x), state.params)
+    _, opt_state = make_optimizer(OPTIMIZER, 50).update(huge, state.opt_state, state.params)
+    first_moment = optax.tree_utils.tree_get(opt_state, "mu")
+    assert float(optax.tree.norm(first_moment)) == pytest.approx(1 - OPTIMIZER.b1, rel=1e-5)
+
+
+def test_flops_agree_with_the_specification():
+    # spec: solver of the 1b model at 30 steps and key size 128 is 0.661 GFLOP a token; the rest is twice the parameters
+    config = SIZES["1b"]
+    solver = forward_flops(config, 2048, 30) - forward_flops(config, 2048, 0)
+    assert solver == pytest.approx(0.661e9, rel=2e-3)
+    dense = 2 * 937.5e6
+    assert forward_flops(config, 2048, 0) == pytest.approx(dense, rel=0.05)
+    assert training_flops(config, 2048) == pytest.approx(3 * forward_flops(config, 2048, 0) + 2 * solver)

@@ -1,0 +1,55 @@
+"""How far two computations of the same thing may lie apart, relative to the largest entry of what is expected.
+
+The one place for such numbers, the same on the desk and in CI. Each is about four times the worst error seen on jax
+0.10.2 and 0.12.0 when it was written, unless its line says otherwise; a failing test never edits this file.
+"""
+
+import numpy as np
+
+ORACLE = {
+    "float64": 2e-13,  # dense solves on both sides; condition 1500 on repeated tokens
+}
+CHUNKWISE = {  # an implementation against the float64 reference, on inputs of that dtype
+    "float64": 1e-14,
+    "float32": 5e-6,
+    "bfloat16": 4e-3,  # results in bfloat16 have 8 significant bits: one rounding, 2^-8, and no more
+}
+# Inputs that cost digits whatever one does; they replace the numbers above.
+SCREAMING = {  # 500 repeated tokens: condition 1600, so that many digits less
+    "float64": 6e-13,
+    "float32": 1.5e-4,
+    "bfloat16": 4e-3,
+}
+FADED_GATE = {  # gradient of log gates of 0.01: about 0.01 in size, a difference of terms of size 1
+    "float64": 1.2e-13,
+    "float32": 6e-5,
+    "bfloat16": 4e-3,
+}
+LAW = {  # the same numbers added up in another order
+    "float64": 2e-14,
+    "float32": 5e-6,
+}
+MODEL = {  # a whole small model, two layers and solves of 16 steps, computed in another order
+    "float32": 3e-6,
+    "gradient": 2e-5,  # of the parameters, in float32
+    "bfloat16": 3e-2,  # bfloat16 activations against float32: a handful of roundings of 2^-8 add up
+}
+DENSE_RESIDUAL = 4e-7  # a relative residual is measured in float32 from float32 solutions, whatever it ought to be
+STALL = 1e-6  # where conjugate gradient in float32 ends however long it runs, on matrices of condition 30
+
+
+def relative_error(actual, expected) -> float:
+    """Returns the largest difference over the largest entry of `expected`; 0 where both are 0."""
+    actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape, f"shapes {actual.shape} and {expected.shape} differ"
+    assert np.isfinite(actual).all(), "not finite"
+    if not actual.size:
+        return 0.0
+    error, size = np.max(np.abs(actual - expected)), np.max(np.abs(expected))
+    return float(error / size) if size else float(np.where(error, np.inf, 0.0))
+
+
+def assert_near(actual, expected, tolerance: float, what: str = "result") -> None:
+    """Fails, naming `what`, if the relative error is larger than the tolerance."""
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} is above {tolerance:.0e}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from experiments.checkpoints import Checkpoints
 from experiments.cli import UserError
@@ -79,7 +80,7 @@ class Run(NamedTuple):
 
 
 def open_run(path: Path, step: int | None = None) -> Run:
-    """Loads the model of a run at a checkpoint (by default the last), on the devices at hand.
+    """Loads the model of a run at a checkpoint (by default the last), on one device.
 
     Raises:
       UserError: the folder is not a run, or has no such checkpoint.
@@ -92,7 +93,9 @@ def open_run(path: Path, step: int | None = None) -> Run:
         if step not in checkpoints.steps():
             raise UserError(f"run: {path} has no checkpoint {step or ''}; it has {checkpoints.steps() or 'none yet'}.")
         optimizer = make_optimizer(config.optimizer, config.num_steps)
-        like = jax.eval_shape(lambda key: init_train_state(key, model, optimizer), jax.random.key(0))
+        shapes = jax.eval_shape(lambda key: init_train_state(key, model, optimizer), jax.random.key(0))
+        here = SingleDeviceSharding(jax.devices()[0])  # wherever it was trained
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
         state = checkpoints.restore(step, like)
     return Run(path.name or str(path), path, config, model, state.params, tokenizer, step)
 

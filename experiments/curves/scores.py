@@ -8,7 +8,7 @@ Documents are never packed together: each stands alone, from its start, in rows 
     save(scores, "scores.npz")
     merge(load("host0.npz"), load("host1.npz"))        # the same as one host that scored everything
 
-What is made of the rows lives in `bands` (buckets, bands, differences), `findings` (sentences),
+What is made of the rows lives beside this file: `bands` (buckets, bands, differences), `findings` (sentences),
 `figures` and `report`.
 """
 

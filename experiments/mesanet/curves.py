@@ -124,7 +124,7 @@ def main(config: CurvesConfig) -> None:
     )
     with _draft(output) as draft:
         results = _measure(config, runs, material)
-        facts = provenance(["python", "-m", "experiments.mesanet.curves", *sys.argv[1:]], config.seed)
+        facts = provenance(["python", "-m", _command(), *sys.argv[1:]], config.seed)
         try:
             write_page(Path(draft), runs, results, Bands(config.bands, seed=config.seed), material.notes, facts)
         except OSError as error:
@@ -134,6 +134,12 @@ def main(config: CurvesConfig) -> None:
             os.replace(Path(draft) / name, output / name)
     _print(runs_table(runs, results))
     print("\n".join(str(output / name) for name in files if name.endswith((".png", ".html"))))
+
+
+def _command() -> str:
+    """The module that was started: this one, or an experiment that draws its curves with it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else __name__
 
 
 def _draft(output: Path) -> tempfile.TemporaryDirectory:

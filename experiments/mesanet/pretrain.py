@@ -21,9 +21,9 @@ from mesanet_jax.train import OptimizerConfig
 TINY = RunConfig(
     output=Path("runs/tiny"),
     model=SIZES["tiny"],
-    data=DataConfig(length=256, batch_size=16),
+    data=DataConfig(length=256, batch_size=16, held_out=0.1),
     optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=50),
-    num_steps=500,
+    num_steps=400,
     save_every=100,
     eval_every=100,
     eval_batches=8,

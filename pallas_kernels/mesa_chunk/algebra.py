@@ -1,11 +1,11 @@
 """The mathematics of one chunk of one head, as pure functions of values (README.md, section 2).
 
-Arrays end in the axes named beside them; any axes may come before, and all functions broadcast over those. A tile is
-what one head sees of one chunk. Matrix products run at full precision: on TPUs and GPUs the default is lower than
-float32, and the solve would stall at it.
+Arrays end in the axes named beside them; any axes may come before, and all functions broadcast over those. Products
+run at full precision: on TPUs and GPUs the default is lower than float32, and the solve would stall at it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,16 +14,6 @@ import jax.numpy as jnp
 from pallas_kernels.mesa_chunk.solver import Solution, SolverConfig, conjugate_gradient, relative_residual
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-class Chunk(NamedTuple):
-    """Keys, values and gates of a chunk; starts is 1 where a new document begins."""
-
-    k: jax.Array  # [c, k]
-    v: jax.Array  # [c, v]
-    log_decay: jax.Array  # [c]
-    beta: jax.Array  # [c]
-    starts: jax.Array  # [c]
 
 
 class Decays(NamedTuple):
@@ -45,7 +35,7 @@ class Decays(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A chunk with its decays, the states before it and the ridge."""
+    """What one head sees of one chunk: its tokens, their decays, the states before it and the ridge."""
 
     k: jax.Array  # [c, k]
     v: jax.Array  # [c, v]
@@ -66,35 +56,37 @@ class Cotangents(NamedTuple):
     ridge: jax.Array  # [k]
 
 
-def make_tile(chunk: Chunk, kk: jax.Array, kv: jax.Array, ridge: jax.Array) -> Tile:
-    """Returns the tile of a chunk, given the states before it and the ridge."""
-    return Tile(chunk.k, chunk.v, chunk.beta, cumulative_decays(chunk.log_decay, chunk.starts), kk, kv, ridge)
-
-
 def cumulative_decays(log_decay: jax.Array, starts: jax.Array) -> Decays:
     """Returns the decays of a chunk from its log gates [c] and document starts [c]."""
-    total = jnp.cumsum(log_decay, axis=-1)
     document = jnp.cumsum(starts, axis=-1)
-    lag = total[..., :, None] - total[..., None, :]
-    place = jnp.arange(total.shape[-1])
-    visible = (place[:, None] >= place[None, :]) & (document[..., :, None] == document[..., None, :])
+    place = jnp.arange(document.shape[-1])
+    upto = place[:, None] >= place[None, :]
+    visible = upto & (document[..., :, None] == document[..., None, :])
+    # every sum runs over its own gates: a difference of cumulative sums would drown weak gates beside a strong one
+    lag = _matmul(upto.astype(log_decay.dtype), jnp.where(upto.T, 0, log_decay[..., :, None]))
     # exp only of what is kept: the masked half would overflow, and 0 * inf is NaN
     within = jnp.where(visible, jnp.exp(jnp.where(visible, lag, 0)), 0)
-    into = jnp.where(document == 0, jnp.exp(total), 0)
+    into = jnp.where(document == 0, jnp.exp(jnp.cumsum(log_decay, axis=-1)), 0)
     return Decays(within, into, visible)
 
 
-def added_states(chunk: Chunk) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what the chunk adds to kk [k, k] and kv [k, v] by its end, and the factor [] that it leaves of both."""
-    decays = cumulative_decays(chunk.log_decay, chunk.starts)
-    weighted = _transpose(chunk.k * (decays.out * chunk.beta)[..., None])
-    return _matmul(weighted, chunk.k), _matmul(weighted, chunk.v), decays.through
+def added_states(k: jax.Array, v: jax.Array, beta: jax.Array, decays: Decays) -> tuple[jax.Array, jax.Array]:
+    """Returns what the chunk adds to the states kk [k, k] and kv [k, v] by its end."""
+    weighted = _transpose(k * (decays.out * beta)[..., None])
+    return _matmul(weighted, k), _matmul(weighted, v)
 
 
-def apply_matrix(x: jax.Array, tile: Tile) -> jax.Array:
-    """Returns (H_t + Lambda) x_t for every token of the chunk, x: [c, k]."""
-    weights = _matmul(x, _transpose(tile.k)) * _strengths(tile)
-    return tile.decays.into[..., None] * _matmul(x, tile.kk) + _matmul(weights, tile.k) + x * tile.ridge[..., None, :]
+def matrix(tile: Tile) -> Callable[[jax.Array], jax.Array]:
+    """Returns the map from x [c, k] to (H_t + Lambda) x_t for every token of the chunk."""
+    key_dim, strengths, into = tile.k.shape[-1], _strengths(tile), tile.decays.into[..., None]
+    state_and_keys = jnp.concatenate([tile.kk, _transpose(tile.k)], axis=-1)
+
+    def apply(x):
+        products = _matmul(x, state_and_keys)  # one wide product is faster than two
+        weights = products[..., key_dim:] * strengths
+        return into * products[..., :key_dim] + _matmul(weights, tile.k) + x * tile.ridge[..., None, :]
+
+    return apply
 
 
 def read_out(x: jax.Array, tile: Tile) -> jax.Array:
@@ -105,12 +97,12 @@ def read_out(x: jax.Array, tile: Tile) -> jax.Array:
 
 def solve(rhs: jax.Array, tile: Tile, config: SolverConfig) -> Solution:
     """Solves (H_t + Lambda) x_t = rhs_t for every token of the chunk."""
-    return conjugate_gradient(functools.partial(apply_matrix, tile=tile), rhs, config)
+    return conjugate_gradient(matrix(tile), rhs, config)
 
 
 def true_residual(rhs: jax.Array, x: jax.Array, tile: Tile) -> jax.Array:
     """Returns ||rhs_t - (H_t + Lambda) x_t|| / ||rhs_t|| [c]."""
-    return relative_residual(functools.partial(apply_matrix, tile=tile), rhs, x)
+    return relative_residual(matrix(tile), rhs, x)
 
 
 def adjoint_rhs(dout: jax.Array, tile: Tile) -> jax.Array:

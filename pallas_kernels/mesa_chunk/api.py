@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -9,6 +10,7 @@ from pallas_kernels.mesa_chunk import vjp
 from pallas_kernels.mesa_chunk.contract import (
     LOWEST_LOG_DECAY,
     MesaState,
+    SolveReport,
     check_inputs,
     check_segment_ids,
     solver_dtype,
@@ -31,7 +33,7 @@ def mesa_chunk(
     solver: SolverConfig = SolverConfig(),
     with_report: bool = False,
     implementation: str | None = None,
-):
+) -> tuple[Float[Array, "b t h v"], MesaState, *tuple[SolveReport, ...]]:
     """Reads each query out of the linear map that fits the context so far best (arXiv 2506.05233, eq. 8).
 
     With gamma_t = exp(log_decay_t), per batch entry and head:
@@ -40,7 +42,8 @@ def mesa_chunk(
         x_t = (H_t + diag(ridge))^{-1} q_t              o_t = G_t^T x_t
 
     x_t comes from conjugate gradient, its gradient from the implicit function theorem: a second solve with the same
-    matrices, no unrolling. States and solver are float32 whatever the inputs are; memory grows linearly with t.
+    matrices, no unrolling. States and solver are float32 whatever the inputs are; memory grows linearly with t. Under
+    `jax.checkpoint`, the policy save_only_these_names("mesa_solution") spares the backward pass the forward solve.
 
     Args:
       q, k: queries and keys, usually of unit length.
@@ -79,18 +82,19 @@ def mesa_chunk(
     q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
     inputs = (q, k, v, log_decay, beta, ridge, state.astype(dtype), starts)
     if chosen == "reference":
-        out, state, report = mesa_chunk_reference(*inputs)
+        out, final, report = mesa_chunk_reference(*inputs)
     else:
-        out, state, report = vjp.mesa_chunk(*inputs, solver, with_report, chosen)
-    out = out.astype(out_dtype)
-    return (out, state, report) if with_report else (out, state)
+        out, final, report = vjp.mesa_chunk(*inputs, solver, with_report, chosen)
+    # kept by the same remat policy as the solutions: what uses the output would otherwise solve again to have it back
+    out = checkpoint_name(out.astype(out_dtype), "mesa_solution")
+    return (out, final, report) if with_report else (out, final)
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:
-    """Returns [b, t] int32, 1 where a token's document differs from that of the last token before it that is not padding."""
+    """Returns [b, t] int32, 1 where a token's document is not that of the last real token before it."""
     documents = jax.lax.cummax(segment_ids, axis=1)
-    changes = jnp.diff(documents, axis=1, prepend=documents[:, :1])
-    return (changes != 0).astype(jnp.int32)
+    before = jnp.concatenate([documents[:, :1], documents[:, :-1]], axis=1)
+    return ((before >= 0) & (documents != before)).astype(jnp.int32)
 
 
 def _mask_padding(segment_ids, *sequences):

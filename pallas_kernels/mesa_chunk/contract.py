@@ -68,7 +68,7 @@ def check_inputs(operator: str, q, k, v, log_decay, beta, ridge, state, *, time_
             )
     if v.ndim != rank or v.shape[:-1] != gates:
         raise ValueError(
-            f"{operator}: v has shape {v.shape}; with q of shape {q.shape} it must be {gates} and a last axis of any size."
+            f"{operator}: v has shape {v.shape}; with q of shape {q.shape} it must be {gates} and one axis of any size."
         )
     if state is not None:
         heads = (q.shape[0], num_heads, key_dim)
@@ -88,7 +88,8 @@ def check_segment_ids(operator: str, segment_ids, q) -> None:
         raise TypeError(f"{operator}: segment_ids have dtype {segment_ids.dtype}; pass integers.")
     if segment_ids.shape != q.shape[:2]:
         raise ValueError(
-            f"{operator}: segment_ids have shape {segment_ids.shape}; with q of shape {q.shape} they must be {q.shape[:2]}."
+            f"{operator}: segment_ids have shape {segment_ids.shape}; with q of shape {q.shape} they must be "
+            f"{q.shape[:2]}."
         )
     if isinstance(segment_ids, Tracer):
         return  # under jit only shapes are known

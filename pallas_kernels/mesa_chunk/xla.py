@@ -33,21 +33,18 @@ def forward(
 ) -> tuple[jax.Array, MesaState, jax.Array, SolveReport | None]:
     """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k] and, if asked for, their report."""
     length = q.shape[1]
-    queries = _to_chunks(q, config)
-    chunks = algebra.Chunk(*(_to_chunks(x, config) for x in (k, v, log_decay, beta, _per_head(starts, k))))
-    before, state, _ = _states(chunks, state)
+    tiles, final = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
 
-    def solve_and_read(tiles):
-        q, chunk, kk, kv, ridge = tiles
-        tile = algebra.make_tile(chunk, kk, kv, ridge)
+    def solve_and_read(inputs):
+        q, tile = inputs
         found = algebra.solve(q, tile, solver)
         x = found.solution if solver.max_steps else q
         checked = SolveReport(found.num_steps, algebra.true_residual(q, x, tile)) if with_report else None
         return algebra.read_out(x, tile), x, checked
 
-    results = _map_tiles(solve_and_read, (queries, chunks, *before, _per_chunk(ridge, queries)))
+    results = _map_tiles(solve_and_read, (_to_chunks(q, config), tiles))
     out, x, checked = jax.tree.map(lambda y: _to_sequence(y, length), results)
-    return out, state, x, checked
+    return out, final, x, checked
 
 
 def backward(
@@ -60,37 +57,38 @@ def backward(
       x: its solutions [b, t, h, k].
       dout, dstate: cotangents of the outputs [b, t, h, v] and of the final state.
     """
-    k, v, log_decay, beta, ridge, state, starts = inputs
-    length = k.shape[1]
-    chunks = algebra.Chunk(*(_to_chunks(x, config) for x in (k, v, log_decay, beta, _per_head(starts, k))))
+    length = x.shape[1]
+    tiles, _ = _tiles(*inputs, config=config)
     x, dout = _to_chunks(x, config), _to_chunks(dout, config)
-    ridges = _per_chunk(ridge, x)
-    before, _, through = _states(chunks, state)
 
-    def solve_adjoint(tiles):
-        x, dout, chunk, kk, kv, ridge = tiles
-        tile = algebra.make_tile(chunk, kk, kv, ridge)
+    def solve_adjoint(inputs):
+        x, dout, tile = inputs
         rhs = algebra.adjoint_rhs(dout, tile)
         adjoint = algebra.solve(rhs, tile, solver)
         dq = adjoint.solution if solver.max_steps else rhs
         return dq, adjoint, algebra.added_cotangents(x, adjoint, dout, tile.decays)
 
-    def differentiate(tiles):
-        x, adjoint, dout, chunk, kk, kv, ridge, dkk, dkv = tiles
-        return algebra.cotangents(x, adjoint, dout, algebra.make_tile(chunk, kk, kv, ridge), dkk, dkv)
-
-    dq, adjoint, added = _map_tiles(solve_adjoint, (x, dout, chunks, *before, ridges))
-    after, dstate = _scan_states(MesaState(*added), through, dstate, reverse=True)
-    grads = _map_tiles(differentiate, (x, adjoint, dout, chunks, *before, ridges, *after))
+    dq, adjoint, added = _map_tiles(solve_adjoint, (x, dout, tiles))
+    after, dstate = _scan_states(MesaState(*added), tiles.decays.through, dstate, reverse=True)
+    grads = _map_tiles(lambda inputs: algebra.cotangents(*inputs), (x, adjoint, dout, tiles, *after))
     sequences = (_to_sequence(g, length) for g in (dq, grads.k, grads.v, grads.log_decay, grads.beta))
     return (*sequences, jnp.sum(grads.ridge, axis=(0, 1)), dstate)
 
 
-def _states(chunks: algebra.Chunk, state: MesaState) -> tuple[MesaState, MesaState, jax.Array]:
-    """Returns the states before every chunk [n, b, h, ...], the final ones, and the decay over each chunk [n, b, h]."""
-    kk, kv, through = _map_tiles(algebra.added_states, chunks)
-    before, final = _scan_states(MesaState(kk, kv), through, state)
-    return before, final, through
+def _tiles(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaConfig) -> tuple[algebra.Tile, MesaState]:
+    """Cuts the sequences into tiles, [n, b, h, ...] each, and carries the state through; also returns the final one."""
+    starts = jnp.broadcast_to(starts[..., None], log_decay.shape)
+    k, v, beta, *gates = (_to_chunks(x, config) for x in (k, v, beta, log_decay, starts))
+
+    def accumulate(inputs):
+        k, v, beta, gates = inputs
+        decays = algebra.cumulative_decays(*gates)
+        return decays, algebra.added_states(k, v, beta, decays)
+
+    decays, added = _map_tiles(accumulate, (k, v, beta, gates))
+    before, final = _scan_states(MesaState(*added), decays.through, state)
+    ridge = jnp.broadcast_to(ridge, (*k.shape[:3], ridge.shape[-1]))
+    return algebra.Tile(k, v, beta, decays, before.kk, before.kv, ridge), final
 
 
 def _scan_states(
@@ -130,13 +128,3 @@ def _to_sequence(x: jax.Array, length: int) -> jax.Array:
     """[n, b, h, c, ...] -> [b, t, h, ...], dropping the padding."""
     x = jnp.moveaxis(x, (0, 2), (1, 3))
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-
-
-def _per_head(starts: jax.Array, k: jax.Array) -> jax.Array:
-    """[b, t] -> [b, t, h]."""
-    return jnp.broadcast_to(starts[..., None], k.shape[:3])
-
-
-def _per_chunk(ridge: jax.Array, chunks: jax.Array) -> jax.Array:
-    """[h, k] -> [n, b, h, k]."""
-    return jnp.broadcast_to(ridge, (*chunks.shape[:3], ridge.shape[-1]))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.mesa_chunk.api import mesa_chunk
-from pallas_kernels.mesa_chunk.contract import LOWEST_LOG_DECAY, MesaState, check_inputs, solver_dtype
+from pallas_kernels.mesa_chunk.contract import LOWEST_LOG_DECAY, MesaState, SolveReport, check_inputs, solver_dtype
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.mesa_step import xla
 
@@ -25,7 +25,7 @@ def mesa_step(
     solver: SolverConfig = SolverConfig(),
     with_report: bool = False,
     implementation: str | None = None,
-):
+) -> tuple[Float[Array, "b h v"], MesaState, *tuple[SolveReport, ...]]:
     """Advances the Mesa layer by one token; equals `mesa_chunk` with t = 1 and takes the same arguments and errors.
 
     Work and memory do not depend on how many tokens came before. Donate `state` to update it in place.
@@ -47,9 +47,13 @@ def mesa_step(
     return (out, state, report) if with_report else (out, state)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _step(q, k, v, log_decay, beta, ridge, state, solver: SolverConfig, with_report: bool):
+def _primal(
+    q, k, v, log_decay, beta, ridge, state, solver: SolverConfig, with_report: bool
+) -> tuple[jax.Array, MesaState, SolveReport | None]:
     return xla.forward(q, k, v, log_decay, beta, ridge, state, solver=solver, with_report=with_report)
+
+
+_step = jax.custom_vjp(_primal, nondiff_argnums=(7, 8))
 
 
 def _step_forward(*args):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.curves.scores import scores as curves
+from experiments.curves import scores as curves
 from experiments.data import Document
 
 VOCABULARY, BOS = 11, 10

@@ -114,6 +114,14 @@ def test_a_run_opens_with_its_model_parameters_and_tokenizer(finished):
     assert logits.shape == (1, 18, 257)
 
 
+def test_a_run_opens_where_there_are_other_devices_than_it_was_trained_on(finished):
+    code = "import pathlib, sys; from experiments.runs import open_run; print(open_run(pathlib.Path(sys.argv[1])).step)"
+    opened = subprocess.run(  # one CPU device, while this process and the run have two
+        [sys.executable, "-c", code, str(finished)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert opened.stdout.strip() == "12"
+
+
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [

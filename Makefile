@@ -1,0 +1,34 @@
+# Each target installs what it needs into a virtual environment of its own. Another Python: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: setup demo test check bench notebooks clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: setup  ## train a MesaNet and a Transformer on real text, draw where in the context each wins (5 minutes)
+	$(RUN) -m experiments.mesanet.demo
+
+test: check  ## everything that must hold (15 minutes)
+	$(RUN) -m pytest
+
+check: setup  ## style and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	. $(VENV)/bin/activate && pyright
+
+bench: setup  ## speed and memory as ratios, against PyTorch in the same run
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	$(RUN) -m experiments.bench
+
+notebooks: setup  ## write the .ipynb of every notebook source anew
+	$(VENV)/bin/jupytext --to ipynb experiments/notebooks/*.py
+
+clean:
+	rm -rf $(VENV) demo

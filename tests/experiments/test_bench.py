@@ -1,0 +1,50 @@
+"""The benchmark refuses to time what is wrong, and says in one sentence what it lacks."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.bench import contract
+from experiments.bench.__main__ import BenchConfig, main
+from experiments.bench.clock import Timing, ratio, take_turns
+from experiments.cli import UserError
+
+
+def test_contestants_take_turns_and_the_first_call_is_not_counted():
+    calls = []
+    times = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=3)
+    assert "".join(calls) == "abababab"
+    assert times["a"].seconds.shape == (3,)
+
+
+def test_ratio_is_that_of_the_least_disturbed_rounds():
+    assert ratio(Timing(np.array([9.0, 2.0, 4.0])), Timing(np.array([1.0, 1.0, 2.0]))) == (2.0, 2.0, 5.5)
+
+
+def test_a_wrong_operator_is_not_timed(monkeypatch):
+    contract.check(("one_token",))
+    right = contract.mesa_chunk
+
+    def slightly_wrong(*arguments, **choices):
+        out, state = right(*arguments, **choices)
+        return out * (1 + 1e-4 * ("solver" in choices)), state
+
+    monkeypatch.setattr(contract, "mesa_chunk", slightly_wrong)
+    with pytest.raises(UserError, match=r"mesa_chunk on one_token is off by 1.0e-04 .* nothing is timed before"):
+        contract.check(("one_token",))
+
+
+def test_without_torch_one_sentence_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "experiments.bench.throughput", raising=False)
+    monkeypatch.delitem(sys.modules, "experiments.bench.yardstick", raising=False)
+    with pytest.raises(UserError) as caught:
+        main(BenchConfig(output=tmp_path))
+    assert str(caught.value).startswith("torch is not installed") and "mesanet-jax[bench]" in str(caught.value)
+
+
+@pytest.mark.parametrize("field", [dict(num_devices=3), dict(length=1000), dict(rounds=1)])
+def test_a_config_that_cannot_be_measured_names_its_field(field):
+    with pytest.raises(UserError, match=f"^{next(iter(field))}={next(iter(field.values()))} "):
+        BenchConfig(**field)

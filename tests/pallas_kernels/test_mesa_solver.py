@@ -1,0 +1,124 @@
+"""Conjugate gradient by itself, and what the operator reports of it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from tolerances import DENSE_RESIDUAL, LAW, REPORT, STALL, assert_near
+
+from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step
+from pallas_kernels.mesa_chunk.cases import EASY, HARD, sample
+from pallas_kernels.mesa_chunk.solver import conjugate_gradient
+
+rng = np.random.default_rng(0)
+
+
+def systems(num: int, size: int, ridge: float = 0.25):
+    """Symmetric positive definite matrices [num, size, size] and right-hand sides [num, size]."""
+    roots = rng.normal(size=(num, size, size))
+    return roots @ roots.swapaxes(1, 2) / size + ridge * np.eye(size), rng.normal(size=(num, size))
+
+
+def solve(matrices, rhs, config: SolverConfig):
+    matrices = jnp.asarray(matrices)
+    return conjugate_gradient(lambda x: jnp.einsum("nij,nj->ni", matrices, x, precision="highest"), rhs, config)
+
+
+def test_solution_is_that_of_a_dense_solve():
+    matrices, rhs = systems(5, 8)
+    with jax.enable_x64(True):
+        found = solve(matrices, jnp.asarray(rhs), SolverConfig(max_steps=12))
+        assert_near(found.solution, np.linalg.solve(matrices, rhs[..., None])[..., 0], LAW["float64"])
+
+
+def test_residual_of_the_recursion_is_the_residual_of_the_solution_at_any_step():
+    matrices, rhs = systems(5, 8)
+    with jax.enable_x64(True):
+        for steps in range(6):
+            found = solve(matrices, jnp.asarray(rhs), SolverConfig(max_steps=steps))
+            truth = rhs - np.einsum("nij,nj->ni", matrices, found.solution)
+            assert_near(found.residual, truth, 10 * LAW["float64"], f"residual after {steps} steps")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_solutions_scale_with_the_right_hand_side(scale):
+    matrices, rhs = systems(5, 8)
+    exact = 2.0 ** np.round(np.log2(scale))  # a power of two rounds nothing
+    plain = solve(np.float32(matrices), jnp.float32(rhs), SolverConfig())
+    scaled = solve(np.float32(matrices), jnp.float32(rhs * exact), SolverConfig())
+    np.testing.assert_array_equal(scaled.solution / np.float32(exact), plain.solution)
+
+
+def test_nothing_to_solve_gives_zero_and_takes_no_step():
+    found = solve(np.float32(systems(3, 8)[0]), jnp.zeros((3, 8)), SolverConfig())
+    assert not found.solution.any() and not found.num_steps.any()
+
+
+def test_a_singular_matrix_gives_finite_numbers():
+    found = solve(np.zeros((3, 8, 8), np.float32), jnp.ones((3, 8)), SolverConfig())
+    assert np.isfinite(found.solution).all()
+
+
+def test_steps_after_convergence_change_nothing_and_make_no_nan():
+    matrices, rhs = systems(5, 4)
+    few, many = (solve(np.float32(matrices), jnp.float32(rhs), SolverConfig(max_steps=n)) for n in (30, 300))
+    assert_near(many.solution, few.solution, LAW["float32"])
+
+
+def test_a_token_answers_the_same_whoever_is_solved_beside_it():
+    """One query of a chunk is replaced by an eigenvector, which is solved in one step: no bit of any other moves."""
+    inputs = sample(dataclasses.replace(HARD, length=64, num_heads=1, key_dim=8, value_dim=8))
+    arrays = [jnp.float32(x) for x in inputs]
+    run = functools.partial(_run, solver=SolverConfig(tolerance=1e-3), with_report=True)
+    matrix = oracles.mesa(*inputs).matrices[0, 20, 0]
+    easy = [arrays[0].at[0, 20, 0].set(np.linalg.eigh(matrix)[1][:, -1]), *arrays[1:]]
+    (before, _, report_before), (after, _, report_after) = run(arrays), run(easy)
+    others = np.arange(64) != 20
+    assert report_after.num_steps[0, 20, 0] < report_before.num_steps[0, 20, 0]
+    np.testing.assert_array_equal(after[:, others], before[:, others])
+    np.testing.assert_array_equal(report_after.num_steps[:, others], report_before.num_steps[:, others])
+
+
+@functools.partial(jax.jit, static_argnames=("solver", "with_report"))
+def _run(arrays, **choices):
+    return mesa_chunk(*arrays[:6], MesaState(*arrays[6:]), **choices)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_tolerance_is_kept_and_easy_inputs_take_fewer_steps(tolerance):
+    steps = {}
+    for name, case in {"easy": EASY, "hard": HARD}.items():
+        inputs = sample(dataclasses.replace(case, length=130, num_heads=2, key_dim=24, value_dim=4))
+        solver = SolverConfig(max_steps=100, tolerance=tolerance)
+        _, _, report = _run([jnp.float32(x) for x in inputs], solver=solver, with_report=True)
+        assert report.residual.max() <= tolerance + STALL
+        steps[name] = float(report.num_steps.mean())
+    assert steps["easy"] < 0.6 * steps["hard"], steps
+
+
+@pytest.mark.parametrize("max_steps", [0, 1, 5, 30])
+def test_reported_residual_is_that_of_the_dense_system(max_steps):
+    """Values of 0 and gates of 1 keep a memory that starts as the identity, so that the outputs are the solutions."""
+    inputs = sample(dataclasses.replace(HARD, length=70, num_heads=2, key_dim=8, value_dim=8))
+    inputs = inputs._replace(v=0 * inputs.v, kv=np.broadcast_to(np.eye(8), inputs.kv.shape))
+    out, _, report = _run([jnp.float32(x) for x in inputs], solver=SolverConfig(max_steps=max_steps), with_report=True)
+    rounded = type(inputs)(*(np.float64(np.float32(x)) for x in inputs))
+    error = rounded.q - np.einsum("bthij,bthj->bthi", oracles.mesa(*rounded).matrices, out)
+    truth = np.linalg.norm(error, axis=-1) / np.linalg.norm(rounded.q, axis=-1)
+    assert np.max(np.abs(report.residual - truth)) <= DENSE_RESIDUAL * max(1, truth.max())
+    assert report.num_steps.max() <= max_steps and report.num_steps.dtype == jnp.int32
+
+
+def test_a_step_reports_what_a_sequence_of_one_reports():
+    inputs = sample(dataclasses.replace(HARD, length=1, num_heads=2, key_dim=8, value_dim=8))
+    arrays = [jnp.float32(x) for x in inputs]
+    solver = SolverConfig(tolerance=1e-3)
+    _, _, expected = _run(arrays, solver=solver, with_report=True)
+    token = (x[:, 0] for x in arrays[:5])
+    _, _, report = mesa_step(*token, arrays[5], MesaState(*arrays[6:]), solver=solver, with_report=True)
+    np.testing.assert_array_equal(report.num_steps, expected.num_steps[:, 0])
+    assert_near(report.residual, expected.residual[:, 0], REPORT)

@@ -1,0 +1,148 @@
+"""The operator under JAX's transformations, and what it costs in memory."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_policies
+from jax.sharding import PartitionSpec
+from jaxtyping import TypeCheckError, jaxtyped
+from pullbacks import differentiate, random_cotangents
+from tolerances import CHUNKWISE, LAW, assert_near
+
+from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step
+from pallas_kernels.mesa_chunk.cases import EASY, Case, sample
+
+SMALL = Case(source="two chunks, the second one short", batch=2, length=67, key_dim=6, value_dim=5)
+LONG = dataclasses.replace(EASY, num_heads=2, key_dim=32, value_dim=32)
+
+
+def float32(inputs):
+    return [jnp.float32(x) for x in inputs]
+
+
+def loss(*arrays, solver=SolverConfig()):
+    out, state = mesa_chunk(*arrays[:6], MesaState(*arrays[6:]), solver=solver)
+    return jnp.sum(jnp.sin(out)) + jnp.sum(state.kk**2) + jnp.sum(state.kv)
+
+
+gradient = jax.grad(loss, argnums=tuple(range(8)))
+
+
+def test_under_jit_and_without_it_the_answer_is_the_same():
+    arrays = float32(sample(dataclasses.replace(SMALL, length=2)))
+    for plain, jitted in zip(gradient(*arrays), jax.jit(gradient)(*arrays), strict=True):
+        assert_near(jitted, plain, LAW["float32"])
+
+
+def test_vmap_equals_one_call_after_the_other():
+    arrays = [float32(sample(SMALL, seed)) for seed in range(3)]
+    stacked = [jnp.stack(x) for x in zip(*arrays, strict=True)]
+    together = jax.jit(jax.vmap(gradient))(*stacked)
+    for one, alone in enumerate(map(functools.partial(_call, jax.jit(gradient)), arrays)):
+        for found, truth in zip(together, alone, strict=True):
+            assert_near(found[one], truth, LAW["float32"])
+
+
+def _call(function, arguments):
+    return function(*arguments)
+
+
+def test_heads_split_over_devices_equal_one_device():
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    time_major, state, ridge = (PartitionSpec(*axes, "heads") for axes in ((None, None), (None,), ()))
+    specs = (*[time_major] * 5, ridge, state, state)
+    arrays = float32(sample(SMALL))
+    split = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False))
+    for found, truth in zip(split(*arrays), jax.jit(gradient)(*arrays), strict=True):
+        assert_near(found, truth, LAW["float32"])
+
+
+def equations(jaxpr):
+    """Yields every equation of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def _is_jaxpr(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def num_solves(function, arrays) -> int:
+    """Counts `while`, which the solver alone has: mapped tiles and scanned states are `scan`; once per platform."""
+    found = [e.params for e in equations(jax.make_jaxpr(function)(*arrays).jaxpr) if e.primitive.name == "while"]
+    return len(found) // 2
+
+
+def test_a_kept_solution_spares_the_backward_pass_the_forward_solve():
+    """Counted before XLA, which merges the two forward solves on CPUs by itself."""
+    arrays = float32(sample(SMALL))
+    keep = checkpoint_policies.save_only_these_names("mesa_solution")
+    assert num_solves(loss, arrays) == 1
+    assert num_solves(jax.value_and_grad(loss), arrays) == 2
+    assert num_solves(jax.value_and_grad(jax.checkpoint(loss, policy=keep)), arrays) == 2
+    assert num_solves(jax.value_and_grad(jax.checkpoint(loss)), arrays) == 3
+
+
+def test_no_array_holds_a_matrix_per_token():
+    case = dataclasses.replace(LONG, length=512, num_heads=1)
+    jaxpr = jax.make_jaxpr(gradient)(*float32(sample(case)))
+    results = (variable.aval for equation in equations(jaxpr.jaxpr) for variable in equation.outvars)
+    sizes = {str(aval): int(np.prod(aval.shape)) for aval in results if hasattr(aval, "shape")}
+    largest, size = max(sizes.items(), key=lambda item: item[1])
+    assert len(sizes) > 40, "the walk did not reach the inside of the operator"
+    assert size <= 2 * 512 * max(64, 32), largest  # a tile of decays per chunk, or a few vectors per token
+
+
+def test_peak_memory_of_forward_and_backward_grows_linearly_with_time():
+    shapes = jax.eval_shape(lambda: float32(sample(LONG)))
+    peaks = {}
+    for length in (1024, 2048, 4096):
+        arrays = [jax.ShapeDtypeStruct((1, length, *x.shape[2:]), x.dtype) for x in shapes[:5]]
+        peaks[length] = jax.jit(gradient).lower(*arrays, *shapes[5:]).compile().memory_analysis().temp_size_in_bytes
+    slopes = [(peaks[2 * n] - peaks[n]) / n for n in (1024, 2048)]
+    assert slopes[1] <= 1.05 * slopes[0], peaks
+    assert slopes[1] <= 4 * 2 * 40 * 32, f"{slopes[1]} bytes per token: more than 40 vectors per token and head"
+
+
+def test_gradient_of_a_step_is_that_of_a_sequence_of_one():
+    inputs = sample(dataclasses.replace(SMALL, length=1))
+    cotangents = random_cotangents(inputs)
+    expected = differentiate(inputs, cotangents, dtype="float64", implementation="reference")
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x[:, 0] if x.ndim > 2 and name not in ("kk", "kv") else x) for name, x in _items(inputs)]
+        (out, state), pull = jax.vjp(jax.jit(lambda *x: mesa_step(*x[:6], MesaState(*x[6:]))), *arrays)
+        found = pull((jnp.asarray(cotangents.out[:, 0]), MesaState(*map(jnp.asarray, cotangents[1:]))))
+    assert_near(out, expected.values["out"][:, 0], CHUNKWISE["float64"])
+    assert_near(state.kk, expected.values["final_kk"], CHUNKWISE["float64"])
+    for (name, truth), grad in zip(expected.gradients.items(), found, strict=True):
+        assert_near(np.reshape(grad, truth.shape), truth, CHUNKWISE["float64"], f"gradient of {name}")
+
+
+def _items(inputs):
+    return inputs._asdict().items()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_annotations_are_true(dtype):
+    from beartype import beartype
+
+    case = dataclasses.replace(SMALL, length=2)
+    q, k, v, log_decay, beta, ridge, kk, kv = (jnp.asarray(x, dtype) for x in sample(case))
+    state = MesaState(kk, kv).astype(jnp.float32)
+    checked = jaxtyped(mesa_chunk, typechecker=beartype)
+    out, after, report = checked(
+        q, k, v, log_decay, beta, ridge, state, segment_ids=jnp.zeros((2, 2), jnp.int32), with_report=True
+    )
+    assert out.dtype == v.dtype and after.kk.dtype == after.kv.dtype == report.residual.dtype == jnp.float32
+    token = (x[:, 0] for x in (q, k, v, log_decay, beta))
+    step = jaxtyped(mesa_step, typechecker=beartype)(*token, ridge, state, with_report=True)
+    assert step[0].dtype == v.dtype and step[1].kk.dtype == jnp.float32
+    with pytest.raises(TypeCheckError):
+        checked(q, k, v, log_decay[..., None], beta, ridge)

@@ -1,5 +1,6 @@
 """A thin wrapper of orbax: save, find, restore."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TypeVar, cast
@@ -50,7 +51,8 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise UserError(f"output: {self._folder} has {free >> 20} MiB left, a checkpoint needs {needed >> 20} MiB.")
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        with _explained(self._folder):
+            self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: State) -> State:
         """Returns the state saved under `step`, with the shapes, dtypes and shardings of `like` (arrays or shapes)."""
@@ -61,5 +63,18 @@ class Checkpoints:
 
     def __exit__(self, *error) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        with _explained(self._folder):
+            self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _explained(folder: Path):
+    """Says in one sentence that a checkpoint could not be written; orbax and tensorstore raise both types."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"output: a checkpoint could not be written to {folder} ({reason}); those before it are intact."
+        ) from error

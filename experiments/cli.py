@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -15,7 +16,7 @@ class UserError(Exception):
 
 def run(function: Callable[[Config], object], config: type[Config], args: Sequence[str] | None = None) -> None:
     """Parses the command line into `config` and calls `function`."""
-    _guarded(lambda: function(tyro.cli(config, description=_description(function), args=args)))
+    _guarded(lambda: function(tyro.cli(config, prog=_program(), description=_description(function), args=args)))
 
 
 def run_preset(
@@ -27,7 +28,7 @@ def run_preset(
     """The same, where the first word names a preset (by default `default`) and options override its fields."""
     args = list(sys.argv[1:] if args is None else args) or [default]
     parse = tyro.extras.overridable_config_cli
-    _guarded(lambda: function(parse(dict(presets), description=_description(function), args=args)))
+    _guarded(lambda: function(parse(presets, prog=_program(), description=_description(function), args=args)))
 
 
 def _guarded(call: Callable[[], object]) -> None:
@@ -37,6 +38,12 @@ def _guarded(call: Callable[[], object]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _program() -> str:
+    """What the user typed: python -m and the module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def _description(function: Callable) -> str:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from experiments.cli import UserError
+
 
 class Logbook:
     """Appends lines to a file; a line that a crash cut short, or that is ahead of the checkpoint, is dropped."""
@@ -20,12 +22,17 @@ class Logbook:
             copy = path.with_suffix(".rewritten")
             copy.write_text("".join(_line(entry) for entry in kept))
             os.replace(copy, path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)  # a line is with the system before the next step begins
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends one entry, which has a "step"; NaN becomes null."""
-        self._file.write(_line(entry))
-        self._file.flush()
+        try:
+            self._file.write(_line(entry).encode())
+        except OSError as error:
+            raise UserError(
+                f"output: {self._file.name} cannot be written ({error.strerror}); make room and start the same command "
+                f"again, it goes on from the last checkpoint."
+            ) from None
 
     def __enter__(self) -> "Logbook":
         return self

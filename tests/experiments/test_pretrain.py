@@ -256,6 +256,17 @@ def test_a_line_cut_short_by_a_crash_and_steps_ahead_of_the_checkpoint_are_dropp
     ]
 
 
+def test_a_logbook_on_a_full_disk_says_how_to_go_on(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with Logbook(tmp_path / "other.jsonl", next_step=0) as book:
+        book._file.close()
+        book._file = (tmp_path / "log.jsonl").open("ab", buffering=0)
+        with pytest.raises(
+            UserError, match=r"output: .*log.jsonl cannot be written \(No space left on device\); make room"
+        ):
+            book.write({"step": 0})
+
+
 def test_mesh_axes_multiply_to_the_devices_there_are():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
     assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {"data": 1, "fsdp": 1, "tensor": 2}

@@ -27,7 +27,7 @@ def resolve(operator: str, implementation: str | None, available: tuple[str, ...
         )
     if implementation not in available:
         raise NotImplementedError(
-            f"{operator}: implementation={implementation!r} is not written yet; use None or one of {available}."
+            f"{operator}: implementation={implementation!r} is not one it has; use None or one of {available}."
         )
     return implementation
 

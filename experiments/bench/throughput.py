@@ -190,7 +190,7 @@ def _peak(times: dict[str, Timing]) -> float:
 
 
 def _flops(case: Case, solves: int, steps: int) -> float:
-    """Operations of the solves alone (mesanet.md, section 3.2): 4 C K + 2 K^2 per token, head and step."""
+    """Operations of the solves alone: 4 C K + 2 K^2 per token, head and step."""
     tokens = case.batch * case.length * case.num_heads
     per_step = 4 * xla.XlaConfig().chunk_length * case.key_dim + 2 * case.key_dim**2
     return solves * steps * tokens * per_step

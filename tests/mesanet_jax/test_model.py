@@ -163,7 +163,7 @@ def test_bfloat16_activations_stay_near_float32_with_state_in_float32():
 
 
 def test_parameters_are_counted_as_in_the_paper():
-    # the specification's totals, tied embedding, vocabulary of 50,257
+    # tied embedding, vocabulary of 50,257
     millions = {"145m": 146.2, "400m": 433.9, "1b": 937.5}
     for size, expected in millions.items():
         shapes = jax.eval_shape(MesaNet(SIZES[size]).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))

@@ -107,7 +107,7 @@ def test_gradients_are_clipped_to_norm_one_before_they_enter_the_moments():
 
 
 def test_flops_agree_with_the_specification():
-    # spec: solver of the 1b model at 30 steps and key size 128 is 0.661 GFLOP a token; the rest is twice the parameters
+    # solver of the 1b model at 30 steps and key size 128 is 0.661 GFLOP a token; the rest is twice the parameters
     config = SIZES["1b"]
     solver = forward_flops(config, 2048, 30) - forward_flops(config, 2048, 0)
     assert solver == pytest.approx(0.661e9, rel=2e-3)

@@ -44,7 +44,7 @@ def test_value_and_gradient_equal_the_reference(case, dtype, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_relative_error_of_the_gradient_does_not_depend_on_the_scale_of_the_cotangent(implementation):
-    """An absolute epsilon in the solver loses 34 % of the gradient at 1e-4 and all at 1e-5 (mesanet.md, 1.3)."""
+    """An absolute epsilon in the solver loses 34 % of the gradient at 1e-4 and all at 1e-5."""
     inputs = rounded(sample(CASES["odd_length"]), "float32")
     unit = rounded(random_cotangents(inputs), "float32")
     truth = differentiate(inputs, unit, dtype="float64", implementation="reference").gradients

@@ -65,7 +65,8 @@ class MesaNet(nn.Module):
           tokens: ids in [0, vocab_size).
           state: what the last call returned; None starts an empty context.
           segment_ids: number of the document each token belongs to, not decreasing along t; documents do not see each
-            other, and `state` belongs to the first. Negative ids mark padding.
+            other, and `state` belongs to the first. Negative ids mark padding: on the right of a row, or on the left
+            where there is no state yet.
 
         Raises:
           TypeError, ValueError: tokens or segment_ids are not integers [b, t].
@@ -124,7 +125,11 @@ def _stack(config: MesaNetConfig) -> nn.Module:
 
 
 def _reports(watched) -> list[SolveReport]:
-    is_report = lambda x: isinstance(x, SolveReport)  # noqa: E731
+    """Finds the reports that mixers left, in the order of the pattern."""
+
+    def is_report(x) -> bool:
+        return isinstance(x, SolveReport)
+
     return [x for x in jax.tree.leaves(watched, is_leaf=is_report) if is_report(x)]
 
 

@@ -56,10 +56,12 @@ def mesa(q, k, v, log_decay, beta, ridge, state, *, segment_ids, solver, with_re
     heads = _dividing(mesh, "heads", q.shape[2])
     sequence, gates = P(batch, None, heads, None), P(batch, None, heads)
     states = MesaState(P(batch, heads, None, None), P(batch, heads, None, None))
-    in_specs = (sequence, sequence, sequence, gates, gates, P(heads, None), states, P(batch, None))
-    absent = {6: state is None, 7: segment_ids is None}
-    in_specs = tuple(None if absent.get(i) else spec for i, spec in enumerate(in_specs))
     out_specs = (sequence, states, SolveReport(gates, gates)) if with_report else (sequence, states)
+    in_specs = (
+        *(sequence, sequence, sequence, gates, gates, P(heads, None)),
+        None if state is None else states,
+        None if segment_ids is None else P(batch, None),
+    )
     split = jax.shard_map(operator, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return split(q, k, v, log_decay, beta, ridge, state, segment_ids)
 

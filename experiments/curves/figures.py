@@ -210,7 +210,14 @@ def _draw_losses(ax: Axes, curves: dict[str, Curve], rulers: dict[str, Curve], r
         _draw_curve(ax, label, curve, i)
     for i, (label, ruler) in enumerate(rulers.items()):
         ax.plot(
-            centers(ruler.grid), ruler.mean, color=INK, alpha=0.55, linewidth=1, linestyle=DASHES[i % 6], label=label
+            centers(ruler.grid),
+            ruler.mean,
+            color=INK,
+            alpha=0.7,
+            linewidth=1,
+            linestyle=DASHES[i % 6],
+            label=label,
+            zorder=3,
         )
     grid = next(iter(curves.values())).grid
     ax.set_title("Next-token loss by position")

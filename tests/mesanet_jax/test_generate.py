@@ -70,6 +70,20 @@ def test_generation_has_solver_settings_of_its_own():
     assert (exact != none).any()
 
 
+def test_memory_does_not_grow_with_the_text_generated():
+    model = MesaNet(SMALL)
+    prompt = jnp.zeros((2, 12), jnp.int32)
+    params = model.init(jax.random.key(0), prompt)
+
+    def working_memory(num_tokens: int) -> int:
+        program = jax.jit(lambda p: generate(model, params, p, num_tokens=num_tokens, key=jax.random.key(0)))
+        return program.lower(prompt).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = working_memory(16), working_memory(4096)
+    per_token = 2 * 4 + 2 * 4  # a token of each row and a PRNG key
+    assert many - few < 1.5 * per_token * (4096 - 16)
+
+
 def frequencies(sampling: SamplingConfig) -> np.ndarray:
     """Share of 4,000 draws that each of four tokens with probabilities .5, .25, .15, .1 gets."""
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))

@@ -77,8 +77,7 @@ def test_a_prediction_depends_on_its_past_and_not_on_its_future(setup):
 
     def read_out_input(table):
         inner = params["params"] | {"embedding": {"embedding": table}}
-        is_last_norm = lambda module, _: module.name == "out_norm"  # noqa: E731
-        _, watched = model.apply({"params": inner}, tokens, capture_intermediates=is_last_norm)
+        _, watched = model.apply({"params": inner}, tokens, capture_intermediates=lambda m, _: m.name == "out_norm")
         return watched["intermediates"]["out_norm"]["__call__"][0][0, place].sum()
 
     used = jnp.abs(jax.grad(read_out_input)(params["params"]["embedding"]["embedding"])).sum(-1)

@@ -55,8 +55,19 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: State) -> State:
-        """Returns the state saved under `step`, with the shapes, dtypes and shardings of `like` (arrays or shapes)."""
-        return cast(State, self._manager.restore(step, args=ocp.args.StandardRestore(like)))
+        """Returns the state saved under `step`, with the shapes, dtypes and shardings of `like` (arrays or shapes).
+
+        Raises:
+          UserError: it is damaged.
+        """
+        try:
+            return cast(State, self._manager.restore(step, args=ocp.args.StandardRestore(like)))
+        except (OSError, ValueError, KeyError) as error:
+            others = [other for other in self.steps() if other != step]
+            raise UserError(
+                f"run: checkpoint {self._folder / str(step)} cannot be read ({_first_line(error)}); move it away to go "
+                f"on from {f'step {others[-1]}' if others else 'the start'}."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -74,7 +85,10 @@ def _explained(folder: Path):
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"output: a checkpoint could not be written to {folder} ({reason}); those before it are intact."
+            f"output: a checkpoint could not be written to {folder} ({_first_line(error)}); those before it are intact."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -26,7 +26,9 @@ def run_preset(
     args: Sequence[str] | None = None,
 ) -> None:
     """The same, where the first word names a preset (by default `default`) and options override its fields."""
-    args = list(sys.argv[1:] if args is None else args) or [default]
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] not in (["-h"], ["--help"]) and (not args or args[0].startswith("-")):
+        args = [default, *args]
     parse = tyro.extras.overridable_config_cli
     _guarded(lambda: function(parse(presets, prog=_program(), description=_description(function), args=args)))
 
@@ -36,8 +38,13 @@ def _guarded(call: Callable[[], object]) -> None:
     try:
         call()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        complaint = str(error)
+    except OSError as error:  # what no field is to blame for: permissions, a disk that fills up at an odd moment
+        complaint = f"{error.filename or 'a file'}: {error.strerror or error}; nothing saved before was touched."
+    else:
+        return
+    print(f"error: {complaint}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _program() -> str:

@@ -1,4 +1,4 @@
-"""Text to packed batches, through grain: batch number n is a function of (config, n) and of nothing else.
+"""Text to packed batches, through grain: batch number n is a function of (text, config, n) and of nothing else.
 
 So the position in the data is the step of training, and a run that starts again cannot lose or repeat an example.
 """
@@ -56,6 +56,8 @@ class DataConfig:
             raise ValueError(f"DataConfig: length={self.length} must be at least 2.")
         if self.batch_size < 1:
             raise ValueError(f"DataConfig: batch_size={self.batch_size} must be at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"DataConfig: seed={self.seed} is negative; use 0 or more.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"DataConfig: held_out={self.held_out} must lie between 0 and 1, say 0.05.")
 
@@ -68,14 +70,36 @@ class Document(NamedTuple):
     token_bytes: np.ndarray  # [t] int32, bytes of text each token stands for, 0 for BOS
 
 
-def training_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.MapDataset:
+def training_text(config: DataConfig, tokenizer: Tokenizer) -> "PackedWindows":
+    """Reads, tokenises and packs what is trained on; it has to fit in memory.
+
+    Raises:
+      UserError: the text cannot be read, or there is none.
+    """
+    return _packed(config, tokenizer, _kept(config))
+
+
+def held_out_text(config: DataConfig, tokenizer: Tokenizer) -> "PackedWindows":
+    """The same for what is held out."""
+    return _packed(config, tokenizer, _held_out(config))
+
+
+def shuffled_batches(windows: "PackedWindows", config: DataConfig) -> grain.MapDataset:
     """Returns an endless dataset whose item n is the Batch of step n, windows in a new order every epoch."""
-    return _batches(config, _packed(config, tokenizer, held_out=False)).repeat()
+    shuffled = grain.MapDataset.source(windows).seed(config.seed).shuffle()
+    if len(windows) < config.batch_size:
+        shuffled = shuffled.repeat(-(-config.batch_size // len(windows)))
+    return shuffled.batch(config.batch_size, drop_remainder=True, batch_fn=_stack).repeat()
 
 
-def held_out_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.MapDataset:
-    """Returns the held-out text packed as for training, one epoch of it."""
-    return _batches(config, _packed(config, tokenizer, held_out=True))
+def ordered_batches(windows: "PackedWindows", batch_size: int) -> grain.MapDataset:
+    """Returns every window once, in order; the last Batch is filled up with padding."""
+
+    def stack(some) -> Batch:
+        nothing = Batch(np.zeros_like(some[0].tokens), np.full_like(some[0].segment_ids, -1))
+        return _stack([*some, *[nothing] * (batch_size - len(some))])
+
+    return grain.MapDataset.source(windows).batch(batch_size, batch_fn=stack)
 
 
 def held_out_documents(config: DataConfig, tokenizer: Tokenizer) -> list[Document]:
@@ -105,6 +129,11 @@ class PackedWindows:
         self._starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
         self._length = length
 
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of all tokens in their order."""
+        return zlib.crc32(self._stream.tobytes())
+
     def __len__(self) -> int:
         """Number of windows; each has `length` targets, the last one perhaps fewer."""
         return max(1, -(-(len(self._stream) - 1) // self._length))
@@ -119,19 +148,11 @@ class PackedWindows:
         return Batch(np.pad(tokens, padding), ids)
 
 
-def _batches(config: DataConfig, windows: PackedWindows) -> grain.MapDataset:
-    shuffled = grain.MapDataset.source(windows).seed(config.seed).shuffle()
-    if len(windows) < config.batch_size:
-        shuffled = shuffled.repeat(-(-config.batch_size // len(windows)))
-    return shuffled.batch(config.batch_size, drop_remainder=True, batch_fn=_stack)
-
-
 def _stack(windows) -> Batch:
     return Batch(*(np.stack(arrays) for arrays in zip(*windows, strict=True)))
 
 
-def _packed(config: DataConfig, tokenizer: Tokenizer, held_out: bool) -> PackedWindows:
-    texts = _held_out(config) if held_out else _kept(config)
+def _packed(config: DataConfig, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> PackedWindows:
     order = np.random.default_rng(config.seed).permutation(len(texts))
     bos = np.int32(tokenizer.bos)
     return PackedWindows([np.append(bos, tokenizer.encode(texts[i][1])) for i in order], config.length)
@@ -167,7 +188,7 @@ def _standard_library() -> Iterator[tuple[str, str]]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not SKIPPED_FOLDERS & set(relative.parts):
-            yield relative.as_posix(), path.read_text(errors="replace")
+            yield relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")
 
 
 def _local(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
@@ -190,12 +211,15 @@ def _rows(rows, text_field: str, source: str, name: str) -> Iterator[tuple[str, 
     if text_field not in rows.column_names:
         raise UserError(f"data.text_field: {source} has no column {text_field!r}; it has {sorted(rows.column_names)}.")
     for number, row in enumerate(rows):
-        yield f"{name}:{number}", row[text_field] or ""
+        text = row[text_field] or ""
+        if not isinstance(text, str):
+            raise UserError(f"data.text_field: {text_field!r} of {source} holds {type(text).__name__}, not text.")
+        yield f"{name}:{number}", text
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.source: {file} cannot be read as UTF-8 text ({error}).") from None
 

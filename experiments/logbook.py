@@ -16,12 +16,19 @@ class Logbook:
         """Opens the file so that it holds the steps before next_step and nothing else.
 
         What has to go is dropped in a copy that then takes the file's place, so a crash here loses nothing either.
+
+        Raises:
+          UserError: steps before next_step are missing.
         """
-        if path.exists():
-            kept = [entry for entry in read(path) if entry["step"] < next_step]
-            copy = path.with_suffix(".rewritten")
-            copy.write_text("".join(_line(entry) for entry in kept))
-            os.replace(copy, path)
+        kept = [entry for entry in read(path) if entry["step"] < next_step] if path.exists() else []
+        if [entry["step"] for entry in kept] != list(range(next_step)):
+            raise UserError(
+                f"output: {path} lacks steps before {next_step}, where the checkpoint is; put the file back, or give "
+                f"another --output."
+            )
+        copy = path.with_suffix(".rewritten")
+        copy.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        os.replace(copy, path)
         self._file = path.open("ab", buffering=0)  # a line is with the system before the next step begins
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -43,7 +50,7 @@ class Logbook:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Returns the entries of a logbook; a last line without an end is a crash's and does not count."""
-    lines = path.read_text().split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 

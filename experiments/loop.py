@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from experiments.checkpoints import Checkpoints
 from experiments.cli import UserError
-from experiments.data import held_out_batches, training_batches
+from experiments.data import held_out_text, ordered_batches, shuffled_batches, training_text
 from experiments.logbook import Logbook
 from experiments.mesh import compiler_options, make_mesh, matmul_peak
-from experiments.runs import RunConfig, create_or_reopen
+from experiments.runs import RunConfig, check_run, create_run
 from mesanet_jax import MesaNet
 from mesanet_jax.flops import training_flops
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
@@ -42,15 +42,19 @@ def train(config: RunConfig) -> TrainState:
     Raises:
       UserError: config, data, folder or devices do not fit, or the loss stopped being finite; what was saved stays.
     """
-    tokenizer = create_or_reopen(config)
+    tokenizer = check_run(config)
     mesh = make_mesh(config.mesh)
-    training, held_out = training_batches(config.data, tokenizer), held_out_batches(config.data, tokenizer)
+    _check_batch(config, mesh)
+    text = training_text(config.data, tokenizer)
+    training = shuffled_batches(text, config.data)
+    held_out = ordered_batches(held_out_text(config.data, tokenizer), config.data.batch_size)
+    create_run(config, text.fingerprint)  # from here on things are written
     with jax.set_mesh(mesh), Checkpoints(config.output / "checkpoints", config.keep) as checkpoints:
         steps = _Steps.compile(config, mesh)
         state, first = _start(config, steps, checkpoints)
         with Logbook(config.output / "log.jsonl", first) as logbook, _Console(config, first) as console:
             console.say(_introduction(config, state, mesh, first))
-            journal = _Journal(config, logbook, console, matmul_peak(mesh))
+            journal = _Journal(config, logbook, console, matmul_peak(mesh, config.model.dtype))
             for step in range(first, config.num_steps):
                 batch = steps.place(training[step], config.micro_batches)
                 begin = time.perf_counter()
@@ -97,6 +101,15 @@ class _Steps(NamedTuple):
             loss=jit(functools.partial(_batch_loss, model)),
             place=place,
             shardings=shardings,
+        )
+
+
+def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    rows, shards = config.data.batch_size // config.micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} in micro_batches={config.micro_batches} gives {rows} sequences "
+            f"at a time, which {shards} devices (mesh data x fsdp) cannot share evenly; make it a multiple."
         )
 
 

@@ -6,7 +6,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.cli import UserError
@@ -44,7 +43,7 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
         _split_cpu(config.cpu_devices)
     num_devices = len(jax.devices())
     shared = config.fsdp * config.tensor
-    data = config.data or num_devices // shared
+    data = config.data or max(1, num_devices // shared)
     shape = (data, config.fsdp, config.tensor)
     if math.prod(shape) != num_devices:
         sizes = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
@@ -59,13 +58,13 @@ def compiler_options() -> dict[str, str] | None:
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 
 
-def matmul_peak(mesh: jax.sharding.Mesh, size: int = 2048) -> float:
-    """Returns the FLOP/s of all devices of the mesh together at float32 matrix products, measured now: best of five."""
+def matmul_peak(mesh: jax.sharding.Mesh, dtype: str, size: int = 2048) -> float:
+    """Returns the FLOP/s of all devices of the mesh together at matrix products, measured now: the best of five."""
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    x = jax.device_put(np.ones((mesh.size * size, size), np.float32), rows)
-    y = jax.device_put(np.ones((size, size), np.float32), everywhere)
-    product = jax.jit(jnp.dot)
+    x = jax.device_put(jnp.ones((mesh.size * size, size), dtype), rows)
+    y = jax.device_put(jnp.ones((size, size), dtype), everywhere)
+    product = jax.jit(jnp.dot, compiler_options=compiler_options())
     product(x, y).block_until_ready()
     seconds = []
     for _ in range(5):

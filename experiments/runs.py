@@ -1,10 +1,10 @@
-"""A run is a folder: config.json, tokenizer.json, log.jsonl and checkpoints. This file creates and opens it."""
+"""A run is a folder: config, fingerprints, tokenizer, log.jsonl and checkpoints. This file creates and opens it."""
 
 import dataclasses
 import json
 import os
-import shutil
 import typing
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ from experiments.tokenizers import Tokenizer, load_tokenizer
 from mesanet_jax import MesaNet, MesaNetConfig
 from mesanet_jax.train import OptimizerConfig, init_train_state, make_optimizer
 
-# Fields that a run may be started again with other values of: they change what is seen of it, not what it computes.
+# Fields that a run may go on with other values of. All but `mesh` leave every bit as it is; another mesh adds numbers
+# up in another order, so the curve goes on with other rounding.
 FREE_FIELDS = {"output", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_batches"}
+LEFT_BEHIND = {".writable", "config.draft", "tokenizer.json", "fingerprints.json"}  # by a start that was killed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,51 +102,79 @@ def open_run(path: Path, step: int | None = None) -> Run:
     return Run(path.name or str(path), path, config, model, state.params, tokenizer, step)
 
 
-def create_or_reopen(config: RunConfig) -> Tokenizer:
-    """Makes the folder of a run, or checks that the run in it is the same one; returns its tokenizer.
-
-    Nothing is written before everything is known to be right.
+def check_run(config: RunConfig) -> Tokenizer:
+    """Checks that the output is new or holds the same run, and returns the run's tokenizer; writes nothing.
 
     Raises:
-      UserError: the folder cannot be written, holds something else or another run, or the tokenizer does not fit.
+      UserError: the folder holds something else or another run, or the tokenizer does not fit.
     """
     folder = config.output
-    known = (folder / "config.json").exists()
-    if known:
+    if (folder / "config.json").exists():
         _check_same(_read_config(folder), config)
         tokenizer = stored_tokenizer(folder, config)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"output: {folder} is not empty and not a run; give a new folder.")
     else:
+        strangers = {p.name for p in folder.iterdir()} - LEFT_BEHIND if folder.is_dir() else None
+        if strangers:
+            raise UserError(f"output: {folder} is not empty and not a run; give a new folder.")
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.bos_token)
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size} is below the {tokenizer.vocab_size} tokens of the tokenizer; "
             f"pass --model.vocab-size {tokenizer.vocab_size}."
         )
-    _check_writable(folder)
-    if not known:
-        if config.data.tokenizer:
-            shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
-        _write_config(folder, config)
     return tokenizer
+
+
+def create_run(config: RunConfig, text: int) -> None:
+    """Makes the folder of a checked run, its config last; or checks that the run in it was trained on the same text.
+
+    Args:
+      config: the run.
+      text: fingerprint of the text it is trained on.
+
+    Raises:
+      UserError: the folder cannot be written, or the text has changed.
+    """
+    folder = config.output
+    _check_writable(folder)
+    if (folder / "config.json").exists():
+        if _fingerprints(folder)["text"] != text:
+            raise UserError(
+                f"data.source: the text of {config.data.source} is not the one that the run in {folder} was started "
+                f"with; bring it back or give another --output."
+            )
+        return
+    tokenizer = b""
+    if config.data.tokenizer:
+        tokenizer = Path(config.data.tokenizer).read_bytes()
+        (folder / "tokenizer.json").write_bytes(tokenizer)
+    fingerprints = {"text": text, "tokenizer": zlib.crc32(tokenizer)}
+    (folder / "fingerprints.json").write_text(json.dumps(fingerprints))
+    draft = folder / "config.draft"
+    draft.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    os.replace(draft, folder / "config.json")
 
 
 def stored_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
     """Returns the tokenizer that a run was trained with, from the copy in its folder.
 
     Raises:
-      UserError: its vocabulary is not the one of the model.
+      UserError: the copy is not what it was.
     """
     if not config.data.tokenizer:
         return load_tokenizer("")
-    tokenizer = load_tokenizer(str(folder / "tokenizer.json"), config.data.bos_token)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"tokenizer: {folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the checkpoint's model "
-            f"{config.model.vocab_size}; put back the file it was trained with."
-        )
-    return tokenizer
+    file = folder / "tokenizer.json"
+    if not file.is_file() or zlib.crc32(file.read_bytes()) != _fingerprints(folder)["tokenizer"]:
+        raise UserError(f"tokenizer: {file} is not the file the checkpoint was trained with; put that back.")
+    return load_tokenizer(str(file), config.data.bos_token)
+
+
+def _fingerprints(folder: Path) -> dict[str, int]:
+    file = folder / "fingerprints.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"run: {file} is missing or damaged; put it back, or give another --output.") from None
 
 
 def _check_writable(folder: Path) -> None:
@@ -177,19 +207,13 @@ def _flat(config, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_config(folder: Path, config: RunConfig) -> None:
-    draft = folder / "config.draft"
-    draft.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
-    os.replace(draft, folder / "config.json")
-
-
 def _read_config(folder: Path) -> RunConfig:
     file = folder / "config.json"
     try:
-        return dataclasses.replace(_build(RunConfig, json.loads(file.read_text())), output=folder)
+        return dataclasses.replace(_build(RunConfig, json.loads(file.read_text(encoding="utf-8"))), output=folder)
     except FileNotFoundError:
         raise UserError(f"run: {folder} is not a run, it has no config.json.") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"run: {file} is not the config of a run of this version ({error}).") from None
 
 

@@ -46,8 +46,8 @@ class ByteTokenizer:
         return ids, np.ones_like(ids)
 
     def decode(self, ids) -> str:
-        """Returns the text of ids; bytes that are not UTF-8 become the replacement character."""
-        return bytes(int(i) for i in ids if i != self.bos).decode("utf-8", "replace")
+        """Returns the text of ids; what is not UTF-8 becomes the replacement character, ids from BOS up nothing."""
+        return bytes(int(i) for i in ids if i < self.bos).decode("utf-8", "replace")
 
 
 class FileTokenizer:
@@ -60,10 +60,11 @@ class FileTokenizer:
           UserError: the file is not a tokenizer, or BOS is not in it.
         """
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
+            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"data.tokenizer: {path} is not a tokenizer.json file ({error}).") from None
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self._tokenizer.encode_special_tokens = True  # a "<s>" in the text is text, and begins no document
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
         names = (bos_token,) if bos_token else BOS_NAMES
         ids = [i for name in names if (i := self._tokenizer.token_to_id(name)) is not None]
         if not ids:

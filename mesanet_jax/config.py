@@ -31,7 +31,8 @@ class MesaNetConfig:
       rope_base: base of the rotary position encoding of attention mixers.
       logit_cap: logits are squashed into (-cap, cap) by cap * tanh(logits / cap).
       norm_eps: epsilon of the RMS norms.
-      dtype: type of activations; parameters, states and the solver are float32.
+      dtype: type of activations and of what attention and convolutions remember of them; parameters, the matrices of
+        mesa layers and the solver are float32.
       remat: what the backward pass recomputes: "nothing", "all_but_solutions" (keeps what the solver found, so that
         no system is solved twice forward), or "everything".
       solver: when the solve of a token ends.
@@ -88,6 +89,8 @@ class MesaNetConfig:
                 f"MesaNetConfig: attention needs an even key_dim and as large a value_dim, "
                 f"not {self.key_dim} and {self.value_dim}."
             )
+        if min(self.logit_cap, self.norm_eps, self.rope_base) <= 0:
+            raise ValueError("MesaNetConfig: logit_cap, norm_eps and rope_base must be positive.")
         if not 0 < self.gate_bound <= 1:
             raise ValueError(f"MesaNetConfig: gate_bound={self.gate_bound} must lie in (0, 1]; the paper uses 0.9975.")
         if not 0 <= self.ridge_floor < self.ridge_init:

@@ -69,10 +69,9 @@ def generate(
         raise ValueError(f"generate: num_tokens={num_tokens} must be at least 1.")
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"generate: prompt has shape {prompt.shape}; it must be [b, t] with at least one token.")
-    # parameters do not depend on these two, so the same weights serve
-    config = dataclasses.replace(
-        model.config, solver=solver or model.config.solver, max_context=prompt.shape[1] + num_tokens
-    )
+    # parameters do not depend on these two, so the same weights serve; a shorter cache saves memory, not context
+    max_context = min(model.config.max_context, prompt.shape[1] + num_tokens)
+    config = dataclasses.replace(model.config, solver=solver or model.config.solver, max_context=max_context)
     return _generate(MesaNet(config), params, prompt, key, num_tokens, sampling, stop_token)
 
 
@@ -99,19 +98,14 @@ def draw(key: jax.Array, logits: jax.Array, sampling: SamplingConfig) -> jax.Arr
     """Draws a token [b] for each row of logits [b, y]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # by rank, so that tokens of equal probability do not slip in together
+    ids = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, ids, axis=-1)
+    ranked = (ranked - ranked[:, :1]) / sampling.temperature  # the largest is 0 at any temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        lowest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        logits = _nucleus(logits, sampling.top_p)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
-
-
-def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the fewest most likely tokens whose probabilities reach top_p."""
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    probability = jax.nn.softmax(descending, axis=-1)
-    reached = jnp.cumsum(probability, axis=-1) - probability >= top_p  # the mass before this token is enough
-    lowest = jnp.min(jnp.where(reached, jnp.inf, descending), axis=-1, keepdims=True)
-    return jnp.where(logits < lowest, -jnp.inf, logits)
+        ranked = ranked.at[:, sampling.top_k :].set(-jnp.inf)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)  # the mass before this token was not enough
+    rank = jax.random.categorical(key, ranked)
+    return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -9,6 +9,7 @@ from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.mixers import MIXERS
 from mesanet_jax.shapes import Activations, SegmentIds, Tokens
 from pallas_kernels import SolveReport
+from pallas_kernels.mesa_chunk.contract import check_segment_ids
 
 REMAT_POLICIES = {
     "all_but_solutions": jax.checkpoint_policies.save_only_these_names("mesa_solution"),
@@ -65,11 +66,11 @@ class MesaNet(nn.Module):
           tokens: ids in [0, vocab_size).
           state: what the last call returned; None starts an empty context.
           segment_ids: number of the document each token belongs to, not decreasing along t; documents do not see each
-            other, and `state` belongs to the first. Negative ids mark padding: on the right of a row, or on the left
-            where there is no state yet.
+            other, and `state` belongs to the first. Negative ids mark padding: on the right of rows that are not gone
+            on with, or on the left where there is no state yet.
 
         Raises:
-          TypeError, ValueError: tokens or segment_ids are not integers [b, t].
+          TypeError, ValueError: tokens or segment_ids are not integers [b, t], or ids decrease (seen outside jit only).
         """
         c = self.config
         _check(tokens, segment_ids)
@@ -84,7 +85,8 @@ class MesaNet(nn.Module):
         states = (None,) * len(c.pattern) if state is None else state
         x, states = _stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)
-        logits = embedding.attend(x).astype(jnp.float32)
+        table = embedding.embedding.astype(x.dtype)
+        logits = jnp.einsum("btd,yd->bty", x, table, preferred_element_type=jnp.float32)
         return c.logit_cap * jnp.tanh(logits / c.logit_cap), states
 
 
@@ -138,5 +140,5 @@ def _check(tokens, segment_ids) -> None:
         raise TypeError(f"MesaNet: tokens have dtype {tokens.dtype}; pass integers.")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"MesaNet: tokens have shape {tokens.shape}; they must be [b, t] with at least one token.")
-    if segment_ids is not None and segment_ids.shape != tokens.shape:
-        raise ValueError(f"MesaNet: segment_ids have shape {segment_ids.shape}; tokens have {tokens.shape}.")
+    if segment_ids is not None:
+        check_segment_ids("MesaNet", segment_ids, tokens.shape)

@@ -11,6 +11,5 @@ from jaxtyping import Array, Float, Int
 Tokens = Int[Array, "b t"]
 SegmentIds = Int[Array, "b t"]  # number of the document a token belongs to; negative marks padding
 Activations = Float[Array, "b t d"]
-Heads = Float[Array, "b t h k"]
 Gates = Float[Array, "b t h"]
 Logits = Float[Array, "b t y"]

@@ -6,6 +6,7 @@ compiler cannot split a kernel; without a mesh they run as they are.
 """
 
 import functools
+import math
 
 import jax
 from flax import linen as nn
@@ -30,8 +31,17 @@ RULES = (
 
 
 def parameter_shardings(boxed_parameters, mesh: jax.sharding.Mesh):
-    """Returns a NamedSharding for each parameter (or shape) whose box names logical axes; replicated without a box."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_parameters), mesh, RULES)
+    """Returns a NamedSharding for each parameter (or shape) from the logical axes that its box names.
+
+    An axis that its mesh axes do not divide, such as a vocabulary of 50,257, stays whole.
+    """
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_parameters), mesh, RULES)
+
+    def fit(parameter, sharding: NamedSharding) -> NamedSharding:
+        axes = (_dividing(mesh, axis, size) for axis, size in zip(sharding.spec, parameter.shape, strict=False))
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(fit, nn.unbox(boxed_parameters), shardings)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, leading_axes: int = 0) -> NamedSharding:
@@ -52,16 +62,13 @@ def mesa(q, k, v, log_decay, beta, ridge, state, *, segment_ids, solver, with_re
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return operator(q, k, v, log_decay, beta, ridge, state, segment_ids)
-    batch = _dividing(mesh, "batch", q.shape[0])
-    heads = _dividing(mesh, "heads", q.shape[2])
+    batch = _dividing(mesh, dict(RULES)["batch"], q.shape[0])
+    heads = _dividing(mesh, dict(RULES)["heads"], q.shape[2])
     sequence, gates = P(batch, None, heads, None), P(batch, None, heads)
     states = MesaState(P(batch, heads, None, None), P(batch, heads, None, None))
     out_specs = (sequence, states, SolveReport(gates, gates)) if with_report else (sequence, states)
-    in_specs = (
-        *(sequence, sequence, sequence, gates, gates, P(heads, None)),
-        None if state is None else states,
-        None if segment_ids is None else P(batch, None),
-    )
+    inputs = (sequence, sequence, sequence, gates, gates, P(heads, None))
+    in_specs = (*inputs, None if state is None else states, None if segment_ids is None else P(batch, None))
     split = jax.shard_map(operator, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return split(q, k, v, log_decay, beta, ridge, state, segment_ids)
 
@@ -76,11 +83,7 @@ def _one_token(q, k, v, log_decay, beta, ridge, state, _, **choices):
     return (out[:, None], state, *jax.tree.map(lambda x: x[:, None], report))
 
 
-def _dividing(mesh, logical_axis: str, size: int):
-    """Mesh axes of a logical axis, or None where they do not divide its size (a batch of one while decoding, say)."""
-    axes = dict(RULES)[logical_axis]
-    names = axes if isinstance(axes, tuple) else (axes,)
-    devices = 1
-    for name in names:
-        devices *= mesh.shape[name]
-    return axes if size % devices == 0 else None
+def _dividing(mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+    """The mesh axes, or None where they do not divide the size (a batch of one while decoding, say)."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None

@@ -43,8 +43,10 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.peak_lr <= 0:
             raise ValueError(f"OptimizerConfig: peak_lr={self.peak_lr} must be positive.")
-        if self.warmup_steps < 0:
-            raise ValueError(f"OptimizerConfig: warmup_steps={self.warmup_steps} is negative.")
+        if min(self.warmup_steps, self.start_lr, self.weight_decay) < 0:
+            raise ValueError("OptimizerConfig: warmup_steps, start_lr and weight_decay must not be negative.")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.clip_norm > 0):
+            raise ValueError("OptimizerConfig: b1 and b2 must lie in [0, 1), eps and clip_norm above 0.")
 
 
 class TrainState(NamedTuple):
@@ -160,7 +162,7 @@ def _loss(params, batch: Batch, model: MesaNet) -> tuple[jax.Array, _Watched]:
     logits, _, report = apply_with_report(model, params, batch.tokens[:, :-1], None, batch.segment_ids[:, :-1])
     steps = residual = solves = jnp.float32(0)
     if report is not None:
-        steps, residual = jnp.sum(report.num_steps).astype(jnp.float32), jnp.max(report.residual)
+        steps, residual = jnp.sum(report.num_steps, dtype=jnp.float32), jnp.max(report.residual)
         solves = jnp.float32(report.num_steps.size)
     return total_loss(logits, targets, weights), _Watched(jnp.sum(weights), steps, residual, solves)
 

@@ -1,10 +1,24 @@
-"""Two CPU devices for everyone, so that whatever is sharded is tested sharded; hypothesis draws the same every time."""
+"""Two CPU devices for everyone, so that whatever is sharded is tested sharded; hypothesis draws the same every time.
+
+The tests spend their time in the compiler, not in what it makes: they compile hundreds of programs and run each once.
+So LLVM optimises less here, and a program that was compiled once in a session is not compiled again.
+"""
+
+import os
+import tempfile
+
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 import hypothesis
 import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
+
+_cache = tempfile.TemporaryDirectory(prefix="compiled-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")

@@ -43,11 +43,15 @@ class DemoConfig:
     cpu_devices: int = 2
     seed: int = 0
 
+    def __post_init__(self):
+        for field in ("num_steps", "num_documents", "cpu_devices"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"DemoConfig: {field}={getattr(self, field)} must be at least 1.")
+
 
 def main(config: DemoConfig) -> None:
     """Trains both models, draws, samples, and prints where everything is."""
     begin = time.monotonic()
-    _clear(config.output)
     mesh = MeshConfig(cpu_devices=config.cpu_devices)
     make_mesh(mesh)  # the CPU is split once, before anything uses it
     runs = {
@@ -63,19 +67,19 @@ def main(config: DemoConfig) -> None:
         )
         for name, model in models().items()
     }
+    curves = CurvesConfig(
+        runs=tuple(run.output for run in runs.values()),
+        output=str(config.output / "curves"),
+        num_documents=config.num_documents,
+        sweep_documents=8,
+        step_budgets=(0, 2, 5, 30),
+        tolerances=(1e-1, 1e-2, 1e-4),
+        seed=config.seed,
+    )
+    _start_anew(config.output)
     for run in runs.values():
         train(run)
-    draw_curves(
-        CurvesConfig(
-            runs=tuple(run.output for run in runs.values()),
-            output=str(config.output / "curves"),
-            num_documents=config.num_documents,
-            sweep_documents=8,
-            step_budgets=(0, 2, 5, 30),
-            tolerances=(1e-1, 1e-2, 1e-4),
-            seed=config.seed,
-        )
-    )
+    draw_curves(curves)
     print(f"\nThe MesaNet goes on from {PROMPT!r}:\n{sample(config.output / 'mesanet', PROMPT, config.seed)}\n")
     print(_table(runs))
     print(f"\nDone in {(time.monotonic() - begin) / 60:.1f} minutes. Open {config.output / 'curves' / 'report.html'}")
@@ -108,14 +112,18 @@ def sample(run: Path, prompt: str, seed: int, num_tokens: int = 240) -> str:
     return prompt + trained.tokenizer.decode(tokens[0])
 
 
-def _clear(output: Path) -> None:
+def _start_anew(output: Path) -> None:
     """Removes an earlier demo, and nothing that is not one."""
-    if not output.exists():
-        return
-    strangers = {p.name for p in output.iterdir()} - {"mesanet", "transformer", "curves"}
-    if strangers:
-        raise cli.UserError(f"output: {output} holds {sorted(strangers)[0]}, which no demo made; give another folder.")
-    shutil.rmtree(output)
+    mark = output / "made-by-demo"
+    if output.is_dir() and any(output.iterdir()):
+        if not mark.exists():
+            raise cli.UserError(f"output: {output} is not empty and holds no earlier demo; give a new folder.")
+        shutil.rmtree(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise cli.UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.") from None
 
 
 def _table(runs: dict[str, RunConfig]) -> str:

@@ -74,7 +74,7 @@ def mesa_chunk(
     if segment_ids is None:
         starts = jnp.zeros(q.shape[:2], jnp.int32)
     else:
-        check_segment_ids("mesa_chunk", segment_ids, q)
+        check_segment_ids("mesa_chunk", segment_ids, q.shape[:2])
         starts = document_starts(segment_ids)
         q, k, v, log_decay, beta = _mask_padding(segment_ids, q, k, v, log_decay, beta)
     # the gate of a document's first token acts on nothing; a constant in its place has no rounding for a gradient

@@ -50,14 +50,20 @@ def check_inputs(operator: str, q, k, v, log_decay, beta, ridge, state, *, time_
     """
     named = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "ridge": ridge}
     if state is not None:
+        if not isinstance(state, MesaState):
+            raise TypeError(f"{operator}: state is a {type(state).__name__}; pass a MesaState.")
         named |= {"state.kk": state.kk, "state.kv": state.kv}
     for name, array in named.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"{operator}: {name} is a {type(array).__name__}; pass an array.")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{operator}: {name} has dtype {array.dtype}; pass a floating-point array.")
     layout = "[b, t, h, k]" if time_axis else "[b, h, k]"
     rank = 4 if time_axis else 3
     if q.ndim != rank:
         raise ValueError(f"{operator}: q has shape {q.shape}; it must be {layout}.")
+    if 0 in q.shape or 0 in v.shape:
+        raise ValueError(f"{operator}: q of shape {q.shape} and v of shape {v.shape} must have no empty axis.")
     *lead, num_heads, key_dim = q.shape
     gates = (*lead, num_heads)
     expected = {"k": q.shape, "log_decay": gates, "beta": gates, "ridge": (num_heads, key_dim)}
@@ -77,8 +83,8 @@ def check_inputs(operator: str, q, k, v, log_decay, beta, ridge, state, *, time_
                 raise ValueError(f"{operator}: {name} has shape {named[name].shape}; it must be {shape}.")
 
 
-def check_segment_ids(operator: str, segment_ids, q) -> None:
-    """Raises if segment_ids do not fit q, are not integers or, where their values are known, decrease.
+def check_segment_ids(operator: str, segment_ids, shape: tuple[int, ...]) -> None:
+    """Raises if segment_ids are not integers of the shape [b, t] or, where their values are known, decrease.
 
     Raises:
       TypeError: segment_ids are not integers.
@@ -86,11 +92,8 @@ def check_segment_ids(operator: str, segment_ids, q) -> None:
     """
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"{operator}: segment_ids have dtype {segment_ids.dtype}; pass integers.")
-    if segment_ids.shape != q.shape[:2]:
-        raise ValueError(
-            f"{operator}: segment_ids have shape {segment_ids.shape}; with q of shape {q.shape} they must be "
-            f"{q.shape[:2]}."
-        )
+    if segment_ids.shape != shape:
+        raise ValueError(f"{operator}: segment_ids have shape {segment_ids.shape}; they must be [b, t] = {shape}.")
     if isinstance(segment_ids, Tracer):
         return  # under jit only shapes are known
     for row, ids in enumerate(np.asarray(segment_ids)):

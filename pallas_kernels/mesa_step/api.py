@@ -33,6 +33,8 @@ def mesa_step(
     Returns:
       (out [b, h, v] in the dtype of v, new state), and a SolveReport of [b, h] if asked for.
     """
+    if state is None:
+        raise TypeError("mesa_step: state is None; pass the MesaState that mesa_chunk or the last step returned.")
     check_inputs("mesa_step", q, k, v, log_decay, beta, ridge, state, time_axis=False)
     chosen = dispatch.resolve("mesa_step", implementation, ("reference", "xla"))
     if chosen == "reference":

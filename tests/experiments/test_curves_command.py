@@ -19,7 +19,7 @@ from experiments.curves.figures import Point
 from experiments.curves.scores import load, score
 from experiments.data import DataConfig, held_out_documents
 from experiments.mesanet.curves import CurvesConfig, main
-from experiments.runs import RunConfig, create_or_reopen, open_run
+from experiments.runs import RunConfig, create_run, open_run
 from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig
 from mesanet_jax.train import init_train_state, make_optimizer
 
@@ -44,7 +44,7 @@ def fresh_run(folder, corpus, pattern, tokenizer=""):
     """A run whose checkpoint holds initial parameters: nothing here needs a good model."""
     data = DataConfig(source=str(corpus), held_out=0.4, length=16, batch_size=2, tokenizer=tokenizer)
     config = RunConfig(output=folder, model=dataclasses.replace(MODEL, pattern=(pattern,)), data=data)
-    create_or_reopen(config)
+    create_run(config, text=0)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(1, init_train_state(jax.random.key(0), MesaNet(config.model), optimizer))

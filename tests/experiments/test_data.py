@@ -11,10 +11,12 @@ from experiments.cli import UserError
 from experiments.data import (
     DataConfig,
     PackedWindows,
-    held_out_batches,
     held_out_documents,
+    held_out_text,
     is_held_out,
-    training_batches,
+    ordered_batches,
+    shuffled_batches,
+    training_text,
 )
 from experiments.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -31,6 +33,10 @@ def folder(tmp_path):
 
 def config_for(path, **changes) -> DataConfig:
     return DataConfig(**({"source": str(path), "held_out": 0.2, "length": 16, "batch_size": 4} | changes))
+
+
+def training_batches(config: DataConfig):
+    return shuffled_batches(training_text(config, ByteTokenizer()), config)
 
 
 def test_windows_hold_every_token_once_and_pad_only_the_last():
@@ -53,7 +59,7 @@ def test_a_segment_is_a_document():
 
 def test_batch_n_is_a_function_of_n(folder):
     config = config_for(folder[0])
-    first, again = (training_batches(config, ByteTokenizer()) for _ in range(2))
+    first, again = (training_batches(config) for _ in range(2))
     for n in (0, 3, 100, 7):  # far beyond one epoch, and in any order
         np.testing.assert_array_equal(first[n].tokens, again[n].tokens)
         np.testing.assert_array_equal(first[n].segment_ids, again[n].segment_ids)
@@ -61,7 +67,7 @@ def test_batch_n_is_a_function_of_n(folder):
 
 
 def test_an_epoch_sees_every_window_and_the_next_in_another_order(folder):
-    batches = training_batches(config_for(folder[0], batch_size=1), ByteTokenizer())
+    batches = training_batches(config_for(folder[0], batch_size=1))
     windows = [batches[n].tokens.tobytes() for n in range(400)]
     epoch = next(n for n in range(1, 200) if sorted(windows[:n]) == sorted(windows[n : 2 * n]))
     assert len(set(windows[:epoch])) == len(set(windows)) > 20
@@ -72,7 +78,7 @@ def test_held_out_documents_are_never_trained_on(folder):
     path, texts = folder
     config = config_for(path, batch_size=1, length=10_000)
     tokenizer = ByteTokenizer()
-    trained = training_batches(config, tokenizer)[0]
+    trained = training_batches(config)[0]
     seen = tokenizer.decode(trained.tokens[0][trained.segment_ids[0] >= 0])
     held_out = held_out_documents(config, tokenizer)
     assert 0 < len(held_out) < len(texts)
@@ -88,11 +94,36 @@ def test_the_share_of_held_out_names_is_the_one_asked_for():
     assert np.mean([is_held_out(name, 0.1) for name in names]) == pytest.approx(0.1, abs=0.01)
 
 
-def test_held_out_batches_are_the_same_text_every_time(folder):
+def test_batches_in_order_hold_every_window_once_and_fill_up_with_padding(folder):
+    windows = held_out_text(config_for(folder[0]), ByteTokenizer())
+    batches = ordered_batches(windows, 5)
+    assert len(batches) == -(-len(windows) // 5)
+    rows = [row for batch in (batches[n] for n in range(len(batches))) for row in zip(*batch, strict=True)]
+    assert len(windows) % 5 and all((ids < 0).all() for _, ids in rows[len(windows) :])
+    for i in range(len(windows)):
+        np.testing.assert_array_equal(rows[i][0], windows[i].tokens)
+        np.testing.assert_array_equal(rows[i][1], windows[i].segment_ids)
+
+
+def test_the_fingerprint_is_that_of_the_text_in_its_order(folder):
     config = config_for(folder[0])
-    a, b = (held_out_batches(config, ByteTokenizer()) for _ in range(2))
-    assert len(a) == len(b) > 0
-    np.testing.assert_array_equal(a[0].tokens, b[0].tokens)
+    fingerprints = [training_text(config, ByteTokenizer()).fingerprint for _ in range(2)]
+    fingerprints.append(training_text(dataclasses.replace(config, seed=1), ByteTokenizer()).fingerprint)
+    (folder[0] / "0.txt").write_text("another text, of which one character matters!")
+    (folder[0] / "1.txt").write_text("another text, of which one character matters?")
+    fingerprints.append(training_text(config, ByteTokenizer()).fingerprint)
+    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+
+
+def test_a_bos_written_in_a_text_begins_no_document(tokenizer_file):
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    assert tokenizer.bos not in tokenizer.encode("some <s> text")
+
+
+def test_a_column_without_text_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 5}\n')
+    with pytest.raises(UserError, match=r"data.text_field: 'text' of .* holds int, not text"):
+        training_text(config_for(tmp_path), ByteTokenizer())
 
 
 def test_the_standard_library_is_there_without_a_download():
@@ -157,17 +188,17 @@ def test_bad_sources_end_in_a_sentence(folder, changes, words, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = dataclasses.replace(config_for(folder[0]), **changes)
     with pytest.raises(UserError, match=words):
-        training_batches(config, ByteTokenizer())
+        training_batches(config)
         held_out_documents(config, ByteTokenizer())
 
 
 def test_unreadable_and_empty_files_end_in_a_sentence(tmp_path):
     (tmp_path / "latin.txt").write_bytes("ä".encode("latin-1"))
     with pytest.raises(UserError, match=r"data.source: .*latin.txt cannot be read as UTF-8 text"):
-        training_batches(config_for(tmp_path), ByteTokenizer())
+        training_batches(config_for(tmp_path))
     (tmp_path / "latin.txt").write_text("")
     with pytest.raises(UserError, match="leaves no text to train on"):
-        training_batches(config_for(tmp_path), ByteTokenizer())
+        training_batches(config_for(tmp_path))
 
 
 def test_bad_tokenizers_end_in_a_sentence(tmp_path, tokenizer_file):

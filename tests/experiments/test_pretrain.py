@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from experiments import cli, logbook
 from experiments.checkpoints import Checkpoints
@@ -20,7 +22,7 @@ from experiments.cli import UserError
 from experiments.logbook import Logbook
 from experiments.mesanet.pretrain import PRESETS, main
 from experiments.mesh import MeshConfig, make_mesh
-from experiments.runs import open_run
+from experiments.runs import LEFT_BEHIND, open_run
 
 TIMINGS = ("tokens_per_second", "flops_utilisation")
 SMALL = shlex.split(
@@ -150,6 +152,12 @@ def test_what_does_not_change_the_numbers_may_change_on_going_on(corpus, finishe
         (["--data.source", "/no/such/file"], "data.source: /no/such/file is no readable file or folder"),
         (["--data.length", "1"], "length=1 must be at least 2"),
         (["--micro-batches", "3"], "micro_batches=3 does not divide data.batch_size=4"),
+        (
+            ["--micro-batches", "4"],
+            "data.batch_size: 4 in micro_batches=4 gives 1 sequences at a time, which 2 devices",
+        ),
+        (["--data.seed", "-1"], "seed=-1 is negative"),
+        (["--model.logit-cap", "0"], "logit_cap, norm_eps and rope_base must be positive"),
         (["--model.pattern", "mamba"], "mamba"),
         (["--model.solver.tolerance", "2"], r"tolerance=2.0 is outside \[0, 1\)"),
         (["--optimizer.peak-lr", "-1"], "peak_lr=-1.0 must be positive"),
@@ -160,6 +168,12 @@ def test_what_does_not_change_the_numbers_may_change_on_going_on(corpus, finishe
 def test_nonsense_on_the_command_line_ends_in_a_sentence(capsys, corpus, tmp_path, monkeypatch, options, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert re.search(words, complaint(capsys, corpus, tmp_path / "run", *options))
+
+
+def test_options_without_a_size_are_those_of_the_smallest(capsys, corpus, tmp_path):
+    with pytest.raises(SystemExit):
+        cli.run_preset(main, PRESETS, default="tiny", args=["--num-steps", "0"])
+    assert "num_steps=0 must be at least 1" in re.sub(r"\s*[│╭╰─╮╯\n]+\s*", " ", capsys.readouterr().err)
 
 
 def test_an_unknown_size_names_the_known_ones(capsys):
@@ -222,7 +236,7 @@ def saved_parameters(folder: Path) -> list:
         return []
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"colour": 3}', '{"num_steps": 0}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model": 3}', '{"colour": 3}', '{"num_steps": 0}'])
 def test_a_folder_that_is_no_run_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -231,17 +245,50 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, content):
 
 
 def test_a_tokenizer_file_that_was_swapped_is_noticed(corpus, tmp_path):
-    from tokenizers import Tokenizer, models
-
-    def save(path, size):
-        vocabulary = {"<s>": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, size)}
-        Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(path))
-
-    save(tmp_path / "t.json", 257)
-    run(corpus, tmp_path / "run", "--data.tokenizer", str(tmp_path / "t.json"))
-    save(tmp_path / "run" / "tokenizer.json", 300)
-    with pytest.raises(UserError, match="has 300 tokens, the checkpoint's model 257"):
+    vocabulary = {"<s>": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 257)}
+    file = tmp_path / "t.json"
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(file))
+    run(corpus, tmp_path / "run", "--data.tokenizer", str(file))
+    vocabulary |= {"w2": 3, "w3": 2}  # as large as before
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "run" / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer.json is not the file the checkpoint was trained with"):
         open_run(tmp_path / "run")
+
+
+def test_a_text_that_changed_is_noticed(capsys, corpus, tmp_path):
+    texts = shutil.copytree(corpus, tmp_path / "texts")
+    run(texts, tmp_path / "run")
+    (texts / "3.txt").write_text("something else")
+    assert re.search(
+        "data.source: the text of .* is not the one that the run", complaint(capsys, texts, tmp_path / "run")
+    )
+
+
+def test_a_start_that_failed_or_was_killed_is_in_nobodys_way(capsys, corpus, tmp_path):
+    folder = tmp_path / "run"
+    complaint(capsys, "/no/such/text", folder)
+    assert not folder.exists()
+    folder.mkdir()
+    for name in LEFT_BEHIND:
+        (folder / name).write_text("{")
+    run(corpus, folder, "--num-steps", "1")
+    assert open_run(folder).step == 1
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(capsys, corpus, tmp_path):
+    run(corpus, tmp_path)
+    for file in (tmp_path / "checkpoints" / "12").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint .*12 cannot be read .* to go on from step 9"):
+        open_run(tmp_path)
+
+
+def test_a_lost_logbook_is_noticed(capsys, corpus, tmp_path):
+    run(corpus, tmp_path, "--num-steps", "2", "--save-every", "1")
+    (tmp_path / "log.jsonl").write_text("")
+    text = complaint(capsys, corpus, tmp_path, "--num-steps", "2", "--save-every", "1")
+    assert re.search("output: .*log.jsonl lacks steps before 2", text)
 
 
 def test_a_line_cut_short_by_a_crash_and_steps_ahead_of_the_checkpoint_are_dropped(tmp_path):

@@ -32,8 +32,10 @@ def test_greedy_generation_takes_the_most_likely_token_of_the_whole_text_each_ti
     np.testing.assert_array_equal(jnp.argmax(logits[:, 11:-1], -1), text[:, 12:])
 
 
-def test_padding_on_the_left_changes_nothing(setup):
+@pytest.mark.parametrize("length", [2, 12])  # shorter than the convolution, too
+def test_padding_on_the_left_changes_nothing(setup, length):
     model, params, prompt = setup
+    prompt = prompt[:, :length]
     padded = jnp.pad(prompt, ((0, 0), (4, 0)), constant_values=-1)
     plain, shifted = (
         generate(model, params, p, num_tokens=8, key=jax.random.key(0), sampling=GREEDY) for p in (prompt, padded)
@@ -101,6 +103,7 @@ def frequencies(sampling: SamplingConfig) -> np.ndarray:
         (SamplingConfig(top_k=9), [0.5, 0.25, 0.15, 0.1]),
         (SamplingConfig(top_p=0.6), [2 / 3, 1 / 3, 0, 0]),  # .5 is not enough, .75 is
         (SamplingConfig(top_p=0.01), [1, 0, 0, 0]),
+        (SamplingConfig(temperature=1e-38), [1, 0, 0, 0]),
         (SamplingConfig(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),  # of the three, .556 + .278 = .833
     ],
     ids=str,
@@ -108,6 +111,22 @@ def frequencies(sampling: SamplingConfig) -> np.ndarray:
 def test_draws_follow_the_distribution_asked_for(sampling, expected):
     np.testing.assert_allclose(frequencies(sampling), expected, atol=0.03)
     assert (frequencies(sampling)[np.array(expected) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(top_k=1), SamplingConfig(top_p=0.1)], ids=str)
+def test_equally_likely_tokens_do_not_slip_in_together(sampling):
+    drawn = draw(jax.random.key(0), jnp.zeros((100, 5)), sampling)
+    assert len(np.unique(drawn)) == 1
+
+
+def test_attention_generates_with_the_context_it_was_given():
+    model = MesaNet(dataclasses.replace(SMALL, pattern=("attention",), max_context=6))
+    prompt = jax.random.randint(jax.random.key(1), (2, 12), 0, SMALL.vocab_size)
+    params = model.init(jax.random.key(0), prompt)
+    text = jnp.concatenate(
+        [prompt, generate(model, params, prompt, num_tokens=8, key=jax.random.key(0), sampling=GREEDY)], 1
+    )
+    np.testing.assert_array_equal(jnp.argmax(model.apply(params, text)[0][:, 11:-1], -1), text[:, 12:])
 
 
 @pytest.mark.parametrize(

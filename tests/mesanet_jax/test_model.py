@@ -107,11 +107,12 @@ def test_packed_documents_equal_separate_documents_in_value_and_gradient(setup):
     jax.tree.map(lambda a, b: close(a, b, "gradient"), *gradients)
 
 
-def test_continuing_after_packed_documents_continues_the_last_one(setup):
+@pytest.mark.parametrize("last", [1, 2, 3, 15])  # shorter than the convolution, too
+def test_continuing_after_packed_documents_continues_the_last_one(setup, last):
     _, params, tokens, apply = setup
-    ids = jnp.repeat(jnp.arange(2), 15)[None].repeat(2, 0)
+    ids = jnp.where(jnp.arange(30) < 30 - last, 0, 1)[None].repeat(2, 0)
     _, packed = apply(params, tokens[:, :30], None, ids)
-    _, alone = apply(params, tokens[:, 15:30])
+    _, alone = apply(params, tokens[:, 30 - last : 30])
     close(apply(params, tokens[:, 30:], packed)[0], apply(params, tokens[:, 30:], alone)[0])
 
 
@@ -251,7 +252,7 @@ def test_no_solver_steps_leave_gated_linear_attention():
         (
             lambda m, p: m.apply(p, jnp.zeros((2, 3), jnp.int32), None, jnp.zeros((2, 4), jnp.int32)),
             ValueError,
-            r"segment_ids have shape \(2, 4\); tokens have \(2, 3\)",
+            r"segment_ids have shape \(2, 4\); they must be \[b, t\] = \(2, 3\)",
         ),
         (
             lambda m, p: m.apply(p, jnp.zeros((1, 3), jnp.int32), None, jnp.array([[1, 0, 0]])),

@@ -8,11 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 from mesanet_jax import SIZES, MesaNet
 from mesanet_jax.flops import forward_flops, training_flops
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
-from mesanet_jax.train import OptimizerConfig, init_train_state, learning_rate, make_optimizer, train_step
+from mesanet_jax.sharding import MESH_AXES, batch_sharding
+from mesanet_jax.train import (
+    OptimizerConfig,
+    init_train_state,
+    learning_rate,
+    make_optimizer,
+    train_state_shardings,
+    train_step,
+)
 from tests import tolerances
 
 SMALL = dataclasses.replace(
@@ -76,6 +85,27 @@ def test_solver_metrics_are_true_for_mesa_and_nan_without_it():
     assert 0 < metrics.solver_residual < 1e-5
     _, metrics = compiled(("attention",))[1](compiled(("attention",))[0], batch())
     assert np.isnan(metrics.solver_steps) and np.isnan(metrics.solver_residual)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
+def test_a_sharded_step_equals_one_on_a_single_device(shape):
+    model = MesaNet(SMALL)  # a vocabulary of 31, which no mesh divides
+    optimizer = make_optimizer(OPTIMIZER, 50)
+    expected = compiled()[1](compiled()[0], batch())
+    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        shardings = train_state_shardings(model, optimizer, mesh)
+        state = jax.device_put(compiled()[0], shardings)
+        step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer), out_shardings=(shardings, None))
+        actual = step(state, jax.device_put(batch(), batch_sharding(mesh, 1)))
+    spread = {
+        axis for x in jax.tree.leaves(actual[0].params) for axis in x.sharding.spec if axis and mesh.shape[axis] > 1
+    }
+    assert spread == {name for name, size in zip(MESH_AXES, shape, strict=True) if size > 1 and name != "data"}
+    for a, b in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
+        tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
+    for a, b in zip(jax.tree.leaves(actual[0].opt_state), jax.tree.leaves(expected[0].opt_state), strict=True):
+        tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
 
 
 def test_weight_decay_spares_embedding_norms_biases_and_ridge():

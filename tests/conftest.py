@@ -1,13 +1,9 @@
 """Two CPU devices for everyone, so that whatever is sharded is tested sharded; hypothesis draws the same every time.
 
-The tests spend their time in the compiler, not in what it makes: they compile hundreds of programs and run each once.
-So LLVM optimises less here, and a program that was compiled once in a session is not compiled again.
+The tests spend their time in the compiler, so what was compiled once in a session is not compiled again.
 """
 
-import os
 import tempfile
-
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 import hypothesis
 import jax

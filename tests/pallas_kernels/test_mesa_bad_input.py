@@ -46,7 +46,11 @@ SHARED = {
 }
 ONLY_CHUNK = {
     "ids of floats": (dict(segment_ids=jnp.zeros((2, 4))), TypeError, "segment_ids have dtype float32; pass integers."),
-    "shape of ids": (dict(segment_ids=jnp.zeros(4, int)), ValueError, "segment_ids have shape (4,); with q of shape "),
+    "shape of ids": (
+        dict(segment_ids=jnp.zeros(4, int)),
+        ValueError,
+        "segment_ids have shape (4,); they must be [b, t] = (2, 4)",
+    ),
     "ids that fall": (
         dict(segment_ids=jnp.array([[0, 0, 1, 1], [0, 2, -1, 1]])),
         ValueError,

@@ -12,10 +12,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: setup  ## train a MesaNet and a Transformer on real text, draw where in the context each wins (5 minutes)
+demo: setup  ## train a MesaNet and a Transformer on real text, draw where in the context each wins (4 minutes)
 	$(RUN) -m experiments.mesanet.demo
 
-test: check  ## everything that must hold (15 minutes)
+test: check  ## everything that must hold (8 minutes)
 	$(RUN) -m pytest
 
 check: setup  ## style and types

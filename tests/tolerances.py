@@ -38,6 +38,28 @@ HUGE_RIDGE = 1e-8  # the next term of a series, |H| / ridge
 REPORT = 7e-3  # two reports of one residual after a stop at 1e-3: a difference of numbers of size 1 in float32
 DENSE_RESIDUAL = 4e-7  # a relative residual is measured in float32 from float32 solutions, whatever it ought to be
 STALL = 1e-6  # where conjugate gradient in float32 ends however long it runs, on matrices of condition 30
+# r2t2_jax and router_descent
+OTHER_BATCH = 5e-7  # a model's outputs in batches of another size: one rounding or two of float32
+STANDARDISED = 1.3e-6  # spread of standardised features: float32 sums of 400 terms
+MARTINGALE = 1.2e-15  # a weighted mean of two float64 sums of 12 terms
+EDGE_OF_INTERVAL = 3e-14  # bisection to 2^-50 and log-gamma functions, in float64
+DESCENT_ORACLE = 1.1e-13  # steps of router descent in float64 on both sides
+DESCENT_LAW = 6e-14  # the same steps added up in another order, in float64
+FINITE_DIFFERENCE = 1.5e-8  # central differences with steps of 1e-6
+DESCENT = {  # routing and loss of an implementation against the float64 reference, on inputs of that dtype
+    "float64": 3.7e-15,
+    "float32": 2e-6,
+}
+DESCENT_GRADIENT = {  # the same of gradients, by the dtype of what they are gradients of
+    "float64": 9e-14,
+    "float32": 5.6e-5,
+    "bfloat16": 4e-3,  # rounded to 8 significant bits: 2^-8, and no more
+}
+CONFIDENT = {  # replaces both for float32 and logits of size 50: rounding one costs its exponential 4e-6
+    "value": 6.6e-5,
+    "gradient": 5.3e-4,
+}
+PERPLEXITY = 1e-7  # an effective number of neighbours after 30 bisections of a factor of a million
 
 
 def relative_error(actual, expected) -> float:

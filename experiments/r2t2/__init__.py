@@ -1,0 +1,1 @@
+"""Experiments on R2-T2: one file, one experiment."""

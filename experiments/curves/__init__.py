@@ -4,5 +4,5 @@ scores.py    documents -> one row per predicted token; merge, save, load
 bands.py     rows -> curves over log-spaced buckets, with bands from resampling documents; paired differences
 findings.py  curves -> the sentences that they support
 solver.py    the same axis for the solver of a mesa layer: steps, residual, other budgets
-figures.py   drawing;  report.py  the self-contained page;  page.py  the page of trained runs
+figures.py   drawing;  page.py  the page of trained runs
 """

@@ -1,55 +1,18 @@
-"""Draws curves with matplotlib's objects, no global state; colours that colour-blind people tell apart.
+"""Draws curves; every function returns a Figure, which `experiments.pictures` writes."""
 
-Every function returns a Figure; `svg` and `save_figure` write it. Colours are those of Okabe and Ito, and every line
-also has its own dash and marker. Ink and paper are two named colours, so that a page can replace them by its own.
-"""
-
-import io
-import re
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from experiments.curves.bands import Curve, Grid
+from experiments.pictures import COLORS, DASHES, INK, MARKERS, PAPER, STYLE, footer, new_figure
 
-INK, PAPER = "#1b1b1f", "#fffffe"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FAN = ("#D55E00", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#0072B2", "#888888")
-DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (8, 2, 2, 2, 2, 2)))
-MARKERS = "osD^vP"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4,
-    "legend.handlelength": 3,
-}
 
 
 class Point(NamedTuple):
@@ -88,7 +51,7 @@ def draw_curves(
     """
     heights = [3.6, *([2.0] if differences else []), 0.8]
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.6, sum(heights) + 1.0)
+        figure = new_figure(8.6, sum(heights) + 1.0)
         axes = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights}, squeeze=False)[
             :, 0
         ]
@@ -102,7 +65,7 @@ def draw_curves(
             _log_axis(ax, grid)
             _mark_trained(ax, trained or {}, grid, named=ax is axes[0])
         axes[-1].set_xlabel(_axis_label(grid))
-        _footer(figure, note)
+        footer(figure, note)
     return figure
 
 
@@ -111,7 +74,7 @@ def draw_solver(
 ) -> Figure:
     """Steps taken and residual left by position, a thin line per layer and head, their median thick."""
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.6, 5.4)
+        figure = new_figure(8.6, 5.4)
         upper, lower = figure.subplots(2, 1, sharex=True)
         _draw_heads(upper, steps, COLORS[0])
         upper.axhline(budget, color=INK, linewidth=0.8, linestyle=":")
@@ -128,7 +91,7 @@ def draw_solver(
             _log_axis(ax, steps.grid)
             _mark_trained(ax, {} if trained is None else {"": trained}, steps.grid, named=ax is upper)
         lower.set_xlabel(_axis_label(steps.grid))
-        _footer(figure, note)
+        footer(figure, note)
     return figure
 
 
@@ -143,7 +106,7 @@ def draw_compute(
 ) -> Figure:
     """Left, loss against the steps spent, per way of limiting them; right, where in the context the loss arises."""
     with matplotlib.rc_context(STYLE):
-        figure = _figure(11.0, 4.6)
+        figure = new_figure(11.0, 4.6)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         for i, (label, points) in enumerate(series.items()):
             _draw_points(left, label, points, i)
@@ -158,51 +121,13 @@ def draw_compute(
         left.legend(fontsize=8)
         _draw_fan(right, fan, unit)
         _mark_trained(right, {} if trained is None else {"": trained}, next(iter(fan.values())).grid, named=True)
-        _footer(figure, note)
+        footer(figure, note)
     return figure
-
-
-def svg(figure: Figure, title: str, description: str = "") -> str:
-    """The figure as SVG whose text is text; the same figure gives the same bytes."""
-    buffer = io.StringIO()
-    metadata = {"Title": title, "Description": description, "Date": None, "Creator": None}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", metadata=metadata)
-    return buffer.getvalue()
-
-
-def inline_svg(figure: Figure, title: str, label: str) -> str:
-    """The SVG as part of a page: its ink is the page's, its paper none, its ids its own, and it has a spoken label."""
-    text = svg(figure, title)
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    prefix = re.sub(r"\W+", "-", title.lower())
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", text)
-    size = re.search(r'width="([\d.]+)pt" height="[\d.]+pt"', text)
-    width = float(size.group(1)) if size else 600
-    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
-    escaped = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{escaped}" style="max-width:{width * 1.35:.0f}px"', 1)
-
-
-def save_figure(figure: Figure, folder: Path, name: str, title: str, description: str) -> list[Path]:
-    """Writes name.svg and name.png, what they show inside; returns the paths."""
-    paths = [folder / f"{name}.svg", folder / f"{name}.png"]
-    paths[0].write_text(svg(figure, title, description), encoding="utf-8")
-    figure.savefig(paths[1], dpi=150, metadata={"Title": title, "Description": description})
-    return paths
 
 
 def centers(grid: Grid) -> np.ndarray:
     """Where a bucket stands on the axis: the geometric middle of its first and last number of tokens read."""
     return np.sqrt((grid.edges[:-1] + 1) * grid.edges[1:])
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _draw_losses(ax: Axes, curves: dict[str, Curve], rulers: dict[str, Curve], reach: float) -> None:
@@ -346,9 +271,3 @@ def _mark_trained(ax: Axes, trained: dict[str, float], grid: Grid, *, named: boo
             ax.annotate(text, (x, 1.0 - 0.06 * i), fontsize=8, alpha=0.9, **where)
     if inside:
         ax.axvspan(min(inside.values()), 2 * grid.edges[-1], color=INK, alpha=0.07, linewidth=0)
-
-
-def _footer(figure: Figure, note: str) -> None:
-    if note:
-        note = textwrap.fill(note, int(17 * figure.get_figwidth()))
-        figure.supxlabel(note, fontsize=7, x=0.01, ha="left", alpha=0.75)

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.curves import figures, report, solver
+from experiments.curves import figures, solver
 from experiments.curves.bands import Bands, Curve, Grid, curve, difference, save_curves
 from experiments.curves.findings import alone, beyond, compare
-from experiments.curves.report import Drawing, Table
 from experiments.curves.scores import Scores, save
+from experiments.pictures import inline_svg, save_figure
 from experiments.runs import Run
+from experiments.webpage import Drawing, Table, page
 from mesanet_jax.model import num_parameters
 
 
@@ -54,7 +55,7 @@ def write_page(
     blocks = [_loss_block(picture, folder, note), runs_table(runs, results)]
     for name, sweep in results.sweeps.items():
         blocks += _solver_blocks(name, runs[name], sweep, results.grid.unit, folder, note)
-    blocks.append(report.curve_table(picture.curves, picture.differences))
+    blocks.append(curve_table(picture.curves, picture.differences))
     first, *others = runs
     title = f"{first} against {', '.join(others)}, position by position" if others else f"{first}, position by position"
     documents = f"{len(results.scores[first].names):,} held-out documents of {runs[first].config.data.source}"
@@ -62,8 +63,8 @@ def write_page(
         f"Next-token log-likelihood of {documents}, up to {results.grid.edges[-1]:,} {results.grid.axis} of context"
     )
     notes = [*notes, *_explanations(runs, results, bands)]
-    page = report.page(title, subtitle, _findings(runs, results, bands), blocks, notes, facts)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    text = page(title, subtitle, _findings(runs, results, bands), blocks, notes, facts)
+    (folder / "report.html").write_text(text, encoding="utf-8")
 
 
 def _picture(runs: dict[str, Run], results: Results, bands: Bands) -> Picture:
@@ -96,14 +97,14 @@ def _loss_block(picture: Picture, folder: Path, note: str) -> Drawing:
     figure = figures.draw_curves(
         picture.curves, picture.differences, rulers=picture.rulers, trained=picture.trained, note=note
     )
-    figures.save_figure(figure, folder, "loss", "Next-token loss by position", note)
+    save_figure(figure, folder, "loss", "Next-token loss by position", note)
     save_curves({**picture.curves, **picture.differences, **picture.rulers}, folder / "loss.csv")
     caption = (
         "Each point is the mean over a bucket of positions with its 95 % bootstrap band over documents; points without "
         "a band stand on too few documents. Shaded: beyond the trained length. Where a line leaves the frame, the "
         "numbers below go on."
     )
-    svg = figures.inline_svg(figure, "loss", "Next-token loss by position; its numbers are in the table below")
+    svg = inline_svg(figure, "loss", "Next-token loss by position; its numbers are in the table below")
     return Drawing("Loss by position", svg, caption, ["loss.csv", "loss.svg", "loss.png"])
 
 
@@ -117,14 +118,14 @@ def _solver_blocks(name: str, run: Run, sweep: solver.Sweep, unit: str, folder: 
 def _compute_block(name: str, run: Run, sweep: solver.Sweep, unit: str, folder: Path, note: str) -> Drawing:
     stem = f"compute-{_slug(name)}"
     figure = figures.draw_compute(sweep.series, sweep.own, _fan(sweep), unit, trained=run.config.data.length, note=note)
-    figures.save_figure(figure, folder, stem, f"Loss of {name} against solver steps", note)
+    save_figure(figure, folder, stem, f"Loss of {name} against solver steps", note)
     solver.save_points(sweep, unit, folder / f"{stem}.csv")
     save_curves(sweep.fan, folder / f"{stem}-by-position.csv")
     caption = (
         "The longest of the drawn documents under other solver settings. Left: loss against the steps really spent, "
         "bars paired with the run's own setting. Right: where in the context the extra loss of the step budgets arises."
     )
-    svg = figures.inline_svg(figure, stem, f"Loss of {name} against solver steps; its numbers are in the table")
+    svg = inline_svg(figure, stem, f"Loss of {name} against solver steps; its numbers are in the table")
     files = [f"{stem}.csv", f"{stem}-by-position.csv", f"{stem}.svg", f"{stem}.png"]
     return Drawing(f"What solver steps buy {name}", svg, caption, files)
 
@@ -152,7 +153,7 @@ def _trace_block(name: str, run: Run, sweep: solver.Sweep, folder: Path, note: s
     steps, residual = solver.profiles(trace)[0], solver.profiles(sweep.own_trace)[1]
     stem = f"solver-{_slug(name)}"
     figure = figures.draw_solver(steps, residual, own.max_steps, trained=run.config.data.length, note=note)
-    figures.save_figure(figure, folder, stem, f"Solver of {name} by position", note)
+    save_figure(figure, folder, stem, f"Solver of {name} by position", note)
     solver.save_trace(trace, folder / f"{stem}-steps.csv")
     solver.save_trace(sweep.own_trace, folder / f"{stem}-residual.csv")
     until = f"until the relative residual is {tolerance:g}" if tolerance else "with a fixed budget"
@@ -160,9 +161,28 @@ def _trace_block(name: str, run: Run, sweep: solver.Sweep, folder: Path, note: s
         f"Conjugate gradient steps {until}, and the residual that the run's own setting leaves "
         f"(max_steps {own.max_steps}, tolerance {own.tolerance:g})."
     )
-    svg = figures.inline_svg(figure, stem, f"Solver steps and residual of {name} by position")
+    svg = inline_svg(figure, stem, f"Solver steps and residual of {name} by position")
     files = [f"{stem}-steps.csv", f"{stem}-residual.csv", f"{stem}.svg", f"{stem}.png"]
     return Drawing(f"The solver of {name} along the context", svg, caption, files)
+
+
+def curve_table(curves: dict[str, Curve], differences: dict[str, Curve]) -> Table:
+    """The numbers of the first figure, a row per bucket."""
+    first = next(iter(curves.values()))
+    axis, edges = first.grid.axis, first.grid.edges
+    columns = {**curves, **differences}
+    rows = []
+    for i, (start, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        place = f"{start + 1:,}" if stop == start + 1 else f"{start + 1:,}–{stop:,}"
+        values = [_banded(curve, i, signed=name in differences) for name, curve in columns.items()]
+        rows.append([place, f"{first.num_documents[i]:,}", f"{first.num_tokens[i]:,}", *values])
+    return Table(
+        "The numbers",
+        [f"{axis} read", "documents", "tokens scored", *columns],
+        rows,
+        f"{first.grid.unit}, with the band in brackets. Documents and tokens are those of {next(iter(curves))}.",
+        folded=True,
+    )
 
 
 def runs_table(runs: dict[str, Run], results: Results) -> Table:
@@ -197,6 +217,15 @@ def _explanations(runs: dict[str, Run], results: Results, bands: Bands) -> list[
     if stretched:
         said.append(f"Beyond the trained length, full attention ({', '.join(stretched)}) looks back over everything.")
     return said
+
+
+def _banded(curve: Curve, i: int, *, signed: bool) -> str:
+    style = "+.3f" if signed else ".3f"
+    if curve.num_tokens[i] == 0:
+        return "–"
+    if curve.low[i] != curve.low[i]:
+        return f"{curve.mean[i]:{style}}"
+    return f"{curve.mean[i]:{style}} [{curve.low[i]:{style}}, {curve.high[i]:{style}}]"
 
 
 def _slug(name: str) -> str:

@@ -9,7 +9,7 @@ Documents are never packed together: each stands alone, from its start, in rows 
     merge(load("host0.npz"), load("host1.npz"))        # the same as one host that scored everything
 
 What is made of the rows lives beside this file: `bands` (buckets, bands, differences), `findings` (sentences),
-`figures` and `report`.
+`figures` and `page`.
 """
 
 import csv

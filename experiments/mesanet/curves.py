@@ -27,13 +27,13 @@ from experiments import cli
 from experiments.cli import UserError
 from experiments.curves import solver
 from experiments.curves.bands import Bands, Grid, log_edges, shared_text
-from experiments.curves.figures import COLORS
 from experiments.curves.page import Results, runs_table, write_page
-from experiments.curves.report import Table, provenance
 from experiments.curves.scores import Scores, Watch, score
 from experiments.data import Document, held_out_documents
 from experiments.mesh import compiler_options
+from experiments.pictures import COLORS
 from experiments.runs import Run, open_run
+from experiments.webpage import Table, provenance
 from mesanet_jax import MesaNet
 
 

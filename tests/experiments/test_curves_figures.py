@@ -1,6 +1,5 @@
-"""Figures and page: what a viewer gets, read back from the SVG and the HTML."""
+"""Figures of curves: what a viewer gets, read back from the SVG."""
 
-import html.parser
 import re
 import xml.etree.ElementTree as ET
 
@@ -8,10 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 
-from experiments.curves import figures, report
+from experiments import pictures
+from experiments.curves import figures
 from experiments.curves.bands import Curve, Grid, log_edges
 from experiments.curves.figures import Point, Profile
-from experiments.curves.report import Drawing, Table
+from experiments.curves.page import curve_table
 
 GRID = Grid(log_edges(256, also=(128,)))
 
@@ -48,7 +48,7 @@ FIGURES = dict(made_up_figures())
 
 
 def words(figure):
-    return " ".join(ET.fromstring(figures.svg(figure, "title")).itertext())
+    return " ".join(ET.fromstring(pictures.svg(figure, "title")).itertext())
 
 
 def test_drawing_leaves_matplotlib_and_its_global_state_alone():
@@ -59,7 +59,7 @@ def test_drawing_leaves_matplotlib_and_its_global_state_alone():
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_text_of_an_svg_is_text(name):
-    assert "<text" in figures.svg(FIGURES[name], "title")
+    assert "<text" in pictures.svg(FIGURES[name], "title")
     assert "tokens read before the prediction" in words(FIGURES[name])
     assert "trained length" in words(FIGURES[name])
 
@@ -79,7 +79,7 @@ def test_the_curve_names_runs_rulers_unit_and_provenance():
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    ours, again = (figures.svg(dict(made_up_figures())["loss"], "title") for _ in range(2))
+    ours, again = (pictures.svg(dict(made_up_figures())["loss"], "title") for _ in range(2))
     assert ours == again
 
 
@@ -103,93 +103,16 @@ def test_what_explodes_beyond_the_trained_length_does_not_flatten_the_rest():
 
 
 def test_saved_pictures_hold_what_made_them(tmp_path):
-    paths = figures.save_figure(FIGURES["loss"], tmp_path, "loss", "Title", "python -m x · commit abc · seed 0")
+    paths = pictures.save_figure(FIGURES["loss"], tmp_path, "loss", "Title", "python -m x · commit abc · seed 0")
     assert [path.suffix for path in paths] == [".svg", ".png"]
     for path in paths:
         assert b"commit abc" in path.read_bytes()
 
 
-def made_up_page():
-    blocks = [Drawing(name, figures.inline_svg(figure, name, f'the "{name}" & more'), "caption", ["a.csv"])
-              for name, figure in FIGURES.items()]  # fmt: skip
-    blocks.append(Table("runs", ["run", "loss"], [["<b>mesa</b>", "1.0"]], "caption"))
-    blocks.append(report.curve_table({"mesa": made_up_curve()}, {"mesa − t": made_up_curve(-3)}))
-    facts = report.provenance(["python", "-m", "x", "a b"], 7)
-    return report.page("title", "subtitle", ["mesa < transformer"], blocks, ["note"], facts)
-
-
-PAGE = made_up_page()
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects tags, attributes and ids, and checks that tags close."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.ids, self.references, self.open = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        attrs = dict(attrs)
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.references += [value for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.open.remove(tag) if tag in self.open else None
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def read_page():
-    reader = Reader()
-    reader.feed(PAGE)
-    return reader
-
-
-def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere():
-    reader = read_page()
-    assert not reader.open
-    assert not {"script", "link", "img", "iframe"} & set(reader.tags)
-    assert all(reference.startswith("#") for reference in reader.references)
-    assert not re.search(r"(@import|url\((?!#))", PAGE)
-
-
-def test_ids_of_several_figures_do_not_collide_and_references_resolve():
-    reader = read_page()
-    assert len(set(reader.ids)) == len(reader.ids)
-    wanted = {r[1:] for r in reader.references} | set(re.findall(r"url\(#([^)]+)\)", PAGE))
-    assert wanted <= set(reader.ids)
-
-
-def test_the_page_has_the_ink_of_its_reader_and_speaks_its_figures():
-    svg = PAGE[PAGE.index("<svg") : PAGE.rindex("</svg>")]
-    assert "currentColor" in svg and figures.INK not in svg and figures.PAPER not in svg
-    assert PAGE.count('role="img" aria-label="the &quot;') == 3
-    assert "prefers-color-scheme: dark" in PAGE
-
-
-def test_text_from_outside_is_escaped():
-    assert "<b>mesa" not in PAGE and "&lt;b&gt;mesa" in PAGE and "mesa &lt; transformer" in PAGE
-
-
-def test_the_page_says_where_it_comes_from():
-    for text in ("python -m x &#x27;a b&#x27;", "<dt>commit</dt>", "<dt>seed</dt><dd>7</dd>", "jax ", "Python 3."):
-        assert text in PAGE
-
-
-def test_without_git_the_commit_is_unknown(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert report.commit() == "unknown"
-
-
 def test_the_table_shows_a_band_where_there_is_one_and_a_dash_where_nothing_was_scored():
     curve = made_up_curve()
     curve.num_tokens[3] = 0
-    rows = report.curve_table({"mesa": curve}, {"mesa − t": made_up_curve(-3)}).rows
+    rows = curve_table({"mesa": curve}, {"mesa − t": made_up_curve(-3)}).rows
     assert rows[0][0] == "1" and rows[-1][0].endswith("–256")
     assert re.fullmatch(r"3\.000 \[2\.900, 3\.100\]", rows[0][3]) and rows[0][4].startswith("+0.000 [")
     assert rows[3][3] == "–" and "[" not in rows[-1][3]

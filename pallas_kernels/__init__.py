@@ -2,5 +2,6 @@
 
 from pallas_kernels.mesa_chunk import MesaState, SolverConfig, SolveReport, mesa_chunk
 from pallas_kernels.mesa_step import mesa_step
+from pallas_kernels.router_descent import router_descent
 
-__all__ = ["MesaState", "SolveReport", "SolverConfig", "mesa_chunk", "mesa_step"]
+__all__ = ["MesaState", "SolveReport", "SolverConfig", "mesa_chunk", "mesa_step", "router_descent"]

@@ -35,3 +35,14 @@ def resolve(operator: str, implementation: str | None, available: tuple[str, ...
 def by_platform(*operands, cpu: Callable, accelerator: Callable):
     """Calls `cpu` or `accelerator`; decided when the program is lowered, so a CPU host may compile for a TPU."""
     return jax.lax.platform_dependent(*operands, cpu=cpu, default=accelerator)
+
+
+def on_tpu(*operands, kernel: Callable, elsewhere: Callable):
+    """Calls `kernel` where the program is lowered for a TPU, `elsewhere` on all other platforms."""
+    return jax.lax.platform_dependent(*operands, tpu=kernel, default=elsewhere)
+
+
+def why_not_here(platform: str) -> str | None:
+    """Returns a reason if what runs on `platform` alone cannot run in this process, as part of a sentence."""
+    found = jax.default_backend()
+    return None if found == platform else f"this process computes on {found}, not on {platform}; use None, which adapts"

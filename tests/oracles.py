@@ -92,3 +92,53 @@ def _gates(log_decay, segment_ids) -> np.ndarray:
         return gates
     first = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     return np.where(first[..., None], 0.0, gates)
+
+
+def router_descent(
+    log_routing, readout, offset, labels, weights, learning_rates, *, groups, optimizer="sgd", prox=0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Routing [b, e] and surrogate loss [b], input by input (arXiv 2502.20395, eq. 1 and 3)."""
+    rows = [
+        _descend(*row, learning_rates, groups, optimizer, prox)
+        for row in zip(log_routing, readout, offset, labels, weights, strict=True)
+    ]
+    return np.stack([routing for routing, _ in rows]), np.array([loss for _, loss in rows])
+
+
+def _descend(log_routing, readout, offset, labels, weights, learning_rates, groups, optimizer, prox):
+    """One input: readout [m, e, y], offset [m, y], labels, weights [m]. Neighbours of weight 0 are not looked at."""
+    neighbors = [(readout[m], offset[m], labels[m], weights[m]) for m in np.flatnonzero(weights)]
+    logits, start = np.array(log_routing), _group_softmax(log_routing, groups)
+    first, second = np.zeros_like(logits), np.zeros_like(logits)
+    for count, learning_rate in enumerate(learning_rates, start=1):
+        routing = _group_softmax(logits, groups)
+        jacobian = np.diag(routing)
+        for one in _slices(groups):
+            jacobian[one, one] -= np.outer(routing[one], routing[one])
+        slope = sum((w * r @ (_softmax(routing @ r + o) - np.eye(len(o))[y]) for r, o, y, w in neighbors), 0 * routing)
+        pull_back = prox * (routing - start)
+        if optimizer == "exponentiated":  # the multiplicative form: routing times exp, normalised by the softmax
+            with np.errstate(divide="ignore"):
+                logits = np.log(routing * np.exp(-learning_rate * (slope + pull_back)))
+            continue
+        direction = jacobian @ slope + pull_back
+        if optimizer == "adam":
+            first, second = 0.9 * first + 0.1 * direction, 0.999 * second + 0.001 * direction**2
+            direction = first / (1 - 0.9**count) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        logits = logits - learning_rate * direction
+    routing = _group_softmax(logits, groups)
+    with np.errstate(divide="ignore"):
+        return routing, -sum(w * np.log(_softmax(routing @ r + o)[y]) for r, o, y, w in neighbors)
+
+
+def _slices(groups) -> list[slice]:
+    return [slice(end - size, end) for size, end in zip(groups, np.cumsum(groups), strict=True)]
+
+
+def _group_softmax(logits: np.ndarray, groups) -> np.ndarray:
+    return np.concatenate([_softmax(logits[one]) for one in _slices(groups)])
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    shares = np.exp(x - x.max())
+    return shares / shares.sum()

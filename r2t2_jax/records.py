@@ -115,6 +115,8 @@ def sentence(record: Record) -> str:
         outcome = (
             f"Changed the answer from {before!r} to {after!r}" if before != after else f"Kept the answer {after!r}"
         )
+        if record["strategy"] == "amortised":
+            beyond = f"by a network that learned from all references; over its {beyond}"
         return f"{outcome} after re-routing by {record['strategy']}: {_moves(record)} ({beyond})."
     reason = {
         STATUSES[FAR]: f"Abstained because the neighbours are too far ({_neighborhood(record)})",

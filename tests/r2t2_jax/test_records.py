@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r2t2_jax.decision import FAR, FLAT, NOT_FINITE, REROUTED, STATUSES, TURNED_OFF, Neighbors
+from r2t2_jax.decision import FAR, FLAT, NOT_FINITE, REROUTED, STATUSES, TURNED_OFF, UNSURE, Neighbors
 from r2t2_jax.records import Hashes, hash_inputs, replay, sentence
 from tests.r2t2_jax.made_up import EXPERTS, HASHES, decisions, recorded
 
@@ -77,6 +77,8 @@ SENTENCES = {
     "frozen model's own.",
     FLAT: "Abstained because there is too little to gain (3 neighbours of mean similarity 0.88, loss 1.5 -> 0.25): the "
     "answer 'one' is the frozen model's own.",
+    UNSURE: "Abstained because another answer would lead by too little (3 neighbours of mean similarity 0.88, loss "
+    "1.5 -> 0.25): the answer 'one' is the frozen model's own.",
     NOT_FINITE: "Fell back because re-routing gave a number that is not finite (3 neighbours of mean similarity 0.88, "
     "loss 1.5 -> 0.25): the answer 'one' is the frozen model's own.",
     TURNED_OFF: "Re-routing was turned off: the answer 'one' is the frozen model's own.",

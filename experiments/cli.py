@@ -1,5 +1,6 @@
 """Commands: a frozen dataclass in, one sentence out when something is wrong."""
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ class UserError(Exception):
 
 def run(function: Callable[[Config], object], config: type[Config], args: Sequence[str] | None = None) -> None:
     """Parses the command line into `config` and calls `function`."""
-    _guarded(lambda: function(tyro.cli(config, prog=_program(), description=_description(function), args=args)))
+    _guarded(lambda: function(tyro.cli(config, prog=program(), description=_description(function), args=args)))
 
 
 def run_preset(
@@ -30,7 +31,25 @@ def run_preset(
     if args[:1] not in (["-h"], ["--help"]) and (not args or args[0].startswith("-")):
         args = [default, *args]
     parse = tyro.extras.overridable_config_cli
-    _guarded(lambda: function(parse(presets, prog=_program(), description=_description(function), args=args)))
+    _guarded(lambda: function(parse(presets, prog=program(), description=_description(function), args=args)))
+
+
+def start_anew(output: Path) -> None:
+    """Makes an empty folder for a demo; removes an earlier demo from it, and nothing that is not one.
+
+    Raises:
+      UserError: the folder holds something else, or cannot be written.
+    """
+    mark = output / "made-by-demo"
+    if output.is_dir() and any(output.iterdir()):
+        if not mark.exists():
+            raise UserError(f"output: {output} is not empty and holds no earlier demo; give a new folder.")
+        shutil.rmtree(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.") from None
 
 
 def _guarded(call: Callable[[], object]) -> None:
@@ -47,8 +66,8 @@ def _guarded(call: Callable[[], object]) -> None:
     sys.exit(2)
 
 
-def _program() -> str:
-    """What the user typed: python -m and the module."""
+def program() -> str:
+    """Returns what the user typed: python -m and the module."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 

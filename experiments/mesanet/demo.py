@@ -5,7 +5,6 @@ split by file. Draws the report of `experiments.mesanet.curves`, lets the MesaNe
 """
 
 import dataclasses
-import shutil
 import time
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class DemoConfig:
       seed: initial parameters and sampling.
     """
 
-    output: Path = Path("demo")
+    output: Path = Path("demo/mesanet")
     num_steps: int = 300
     num_documents: int = 64
     cpu_devices: int = 2
@@ -76,7 +75,7 @@ def main(config: DemoConfig) -> None:
         tolerances=(1e-1, 1e-2, 1e-4),
         seed=config.seed,
     )
-    _start_anew(config.output)
+    cli.start_anew(config.output)
     for run in runs.values():
         train(run)
     draw_curves(curves)
@@ -110,20 +109,6 @@ def sample(run: Path, prompt: str, seed: int, num_tokens: int = 240) -> str:
     key = jax.random.key(seed)
     tokens = generate(trained.model, trained.params, ids, num_tokens=num_tokens, key=key, sampling=sampling)
     return prompt + trained.tokenizer.decode(tokens[0])
-
-
-def _start_anew(output: Path) -> None:
-    """Removes an earlier demo, and nothing that is not one."""
-    mark = output / "made-by-demo"
-    if output.is_dir() and any(output.iterdir()):
-        if not mark.exists():
-            raise cli.UserError(f"output: {output} is not empty and holds no earlier demo; give a new folder.")
-        shutil.rmtree(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    except OSError as error:
-        raise cli.UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.") from None
 
 
 def _table(runs: dict[str, RunConfig]) -> str:

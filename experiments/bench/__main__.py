@@ -1,9 +1,11 @@
-"""The operators against a yardstick in PyTorch, and how their memory and decoding time grow.
+"""The operators against yardsticks of the same work, and how memory and time grow.
 
-Paper:    arXiv 2506.05233, appendix C (solver) and section 3 (cost).
-Command:  python -m experiments.bench        (needs the extra `bench`: PyTorch, on the CPU)
-Cost:     about 5 minutes on 2 cores; run it on a machine that does nothing else.
-Expected: at least 1.2 times the yardstick on every line, memory that grows with t to the power 1, flat decoding time.
+Papers:   arXiv 2506.05233, appendix C (solver) and section 3 (cost); arXiv 2502.20395, section 3 (descent, neighbours).
+Command:  python -m experiments.bench        (part "mesa" needs the extra `bench`: PyTorch, on the CPU)
+Cost:     about 7 minutes on 2 cores; run it on a machine that does nothing else.
+Expected: mesa_chunk at least 1.2 times PyTorch on every line, memory that grows with t to the power 1, flat decoding;
+          router_descent at least 100 times a loop over inputs and neighbours, memory that grows with the batch to the
+          power 1; nearest neighbours within twice the matrix product alone.
 Measured: see the table in README.md. Only ratios taken within one run are written down.
 """
 
@@ -17,8 +19,11 @@ from pathlib import Path
 import jax
 
 from experiments import cli
-from experiments.bench import contract, growth
+from experiments.bench import contract, growth, router, search
 from pallas_kernels.mesa_chunk.cases import EASY, HARD
+from pallas_kernels.router_descent.cases import BENCHMARK
+
+PARTS = ("mesa", "router", "search")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class BenchConfig:
 
     Attributes:
       output: folder for bench.json and bench.md.
+      parts: "mesa" (solver layer), "router" (descent on routings), "search" (nearest neighbours).
       dims: head sizes.
       length: tokens of a sequence.
       num_heads: heads; the CPU devices share them evenly.
@@ -34,9 +40,12 @@ class BenchConfig:
       rounds: turns that every contestant takes.
       memory_lengths: lengths whose peak memory is asked for.
       contexts: contexts after which decoding is timed.
+      neighbors: neighbours per input that descent is timed with.
+      widths: embeddings that search is timed with.
     """
 
     output: Path = Path("runs/bench")
+    parts: tuple[str, ...] = PARTS
     dims: tuple[int, ...] = (64, 128)
     length: int = 2048
     num_heads: int = 4
@@ -44,8 +53,12 @@ class BenchConfig:
     rounds: int = 15
     memory_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     contexts: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
+    neighbors: tuple[int, ...] = (5, 20)
+    widths: tuple[int, ...] = (384, 4096)
 
     def __post_init__(self):
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise cli.UserError(f"parts={self.parts} must be some of {PARTS}.")
         if self.num_heads % self.num_devices:
             raise cli.UserError(
                 f"num_devices={self.num_devices} does not divide num_heads={self.num_heads}; choose a divisor of it."
@@ -59,13 +72,10 @@ class BenchConfig:
 
 
 def main(config: BenchConfig) -> None:
-    """Checks the contract, measures, prints one table and writes it to the output folder."""
-    try:
-        from experiments.bench import throughput
-    except ModuleNotFoundError as error:
-        raise cli.UserError(
-            f"{error.name} is not installed, and it is the yardstick; pip install 'mesanet-jax[bench]' brings it."
-        ) from error
+    """Checks the contracts, measures, prints one table per part and writes them to the output folder."""
+    measures = {"mesa": measure_mesa, "router": measure_router, "search": measure_search}
+    if "mesa" in config.parts:
+        _require_torch()
     jax.config.update("jax_num_cpu_devices", config.num_devices)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
@@ -73,9 +83,39 @@ def main(config: BenchConfig) -> None:
         raise cli.UserError(
             f"output={config.output} cannot be written ({error.strerror}); name another folder."
         ) from error
+    record = {
+        "command": f"python -m experiments.bench {shlex.join(sys.argv[1:])}".strip(),
+        "machine": f"{platform.machine()}, {config.num_devices} CPU devices",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    page = []
+    for part in config.parts:
+        measured, lines = measures[part](config)
+        record |= measured
+        page += [*lines, ""]
+        print(f"{part}: done", flush=True)
+    (config.output / "bench.json").write_text(json.dumps(record, indent=1))
+    text = "\n".join([*page, f"`{record['command']}`", ""])
+    (config.output / "bench.md").write_text(text)
+    print(f"\n{text}\nwrote {config.output / 'bench.json'} and {config.output / 'bench.md'}")
+
+
+def _require_torch() -> None:
+    try:
+        from experiments.bench import throughput  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise cli.UserError(
+            f"{error.name} is not installed, and it is the yardstick; pip install 'mesanet-jax[bench]' brings it."
+        ) from error
+
+
+def measure_mesa(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about mesa_chunk and mesa_step."""
+    from experiments.bench import throughput
+
     contract.check()
     contract.check_yardstick()
-    print("contract holds; measuring", flush=True)
     rows = []
     for name, kind in {"easy": EASY, "hard": HARD}.items():
         for dim in config.dims:
@@ -85,24 +125,27 @@ def main(config: BenchConfig) -> None:
     case = dataclasses.replace(HARD, num_heads=config.num_heads)
     memory = growth.peak_memory(case, config.memory_lengths)
     decoding = growth.decoding_time(case, config.contexts, 2 * config.rounds)
-    write(config, rows, memory, decoding)
-
-
-def write(config: BenchConfig, rows, memory: growth.Memory, decoding: growth.Decoding) -> None:
-    """Writes bench.json and bench.md, and prints the latter."""
-    record = {
-        "command": f"python -m experiments.bench {shlex.join(sys.argv[1:])}".strip(),
-        "machine": f"{platform.machine()}, {config.num_devices} CPU devices",
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+    numbers = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "memory": dataclasses.asdict(memory),
         "decoding": dataclasses.asdict(decoding),
     }
-    (config.output / "bench.json").write_text(json.dumps(record, indent=1))
-    page = "\n".join([*throughput_table(rows), "", *growth_lines(memory, decoding), "", f"`{record['command']}`", ""])
-    (config.output / "bench.md").write_text(page)
-    print(f"\n{page}\nwrote {config.output / 'bench.json'} and {config.output / 'bench.md'}")
+    return numbers, [*throughput_table(rows), "", *growth_lines(memory, decoding)]
+
+
+def measure_router(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about router_descent."""
+    router.check()
+    rows = [router.compare(dataclasses.replace(BENCHMARK, neighbors=m), config.rounds) for m in config.neighbors]
+    memory = router.peak_memory(BENCHMARK, (750, 1500, 3000, 6000, 12_000))
+    numbers = {"router": [dataclasses.asdict(row) for row in rows], "router_memory": dataclasses.asdict(memory)}
+    return numbers, router.lines(rows, memory)
+
+
+def measure_search(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about nearest neighbours."""
+    rows = [search.compare(width, config.rounds) for width in config.widths]
+    return {"search": [dataclasses.asdict(row) for row in rows]}, search.lines(rows)
 
 
 def throughput_table(rows) -> list[str]:

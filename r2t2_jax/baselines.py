@@ -6,7 +6,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import router_descent
 from r2t2_jax.decision import Neighbors
 from r2t2_jax.references import ReferenceSet
 from r2t2_jax.shapes import Readout, Routing
@@ -27,23 +26,21 @@ def best_per_group(
     references: ReferenceSet, group: Int[np.ndarray, "r"], steps: int = 200, learning_rate: float = 1.0
 ) -> Float[np.ndarray, "g e"]:
     """Returns one routing for each group of references, such as those of one question template."""
-    start = jnp.log(jnp.asarray(uniform(references.groups, 1)))
+    start = jnp.log(jnp.asarray(uniform(references.groups, 1)[0]))
+    readout, labels = jax.tree.map(jnp.asarray, references.readout), jnp.asarray(references.labels)
 
-    def fit(mask) -> Float[np.ndarray, "e"]:
-        few = references.select(mask)
-        routing, _ = router_descent(
-            start,
-            few.readout.weight[None],
-            few.readout.offset[None],
-            few.labels[None],
-            np.full((1, len(few)), 1 / len(few), np.float32),
-            np.full(steps, learning_rate, np.float32),
-            groups=few.groups,
-            optimizer="exponentiated",
-        )
-        return np.asarray(routing[0])
+    @jax.jit
+    def fit(counts: Float[Array, "r"]) -> Float[Array, "e"]:
+        def loss(routing):
+            wrong = optax.softmax_cross_entropy_with_integer_labels(readout(routing[None]), labels)
+            return (counts * wrong).sum() / counts.sum()
 
-    return np.stack([fit(group == g) for g in range(group.max() + 1)])
+        def step(logits, _):
+            return logits - learning_rate * jax.grad(loss)(on_simplex(logits, references.groups)), None
+
+        return on_simplex(jax.lax.scan(step, start, length=steps)[0], references.groups)
+
+    return np.stack([np.asarray(fit(jnp.asarray(group == g, jnp.float32))) for g in range(group.max() + 1)])
 
 
 def vote(neighbors: Neighbors, labels: Int[np.ndarray, "r"], num_answers: int) -> Int[np.ndarray, "b"]:

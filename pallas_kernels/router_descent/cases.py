@@ -60,8 +60,18 @@ CASES = {
 # what the benchmark times: the paper's setting on a test set of 3000 inputs, and a generous neighbourhood
 BENCHMARK = Case(source="issue 3: b 3000, m 5 and 20, e 6, y 21, s 10", batch=3000, neighbors=5, answers=21, steps=10)
 
-# (neighbours, experts, answers) of one tile of the TPU kernel; the last are beyond what stays on the chip
-TILES = ((5, 6, 21), (20, 6, 21), (5, 8, 32), (16, 8, 32), (5, 8, 128), (32, 8, 64), (60, 8, 64), (64, 8, 128), (3, 7, 1000))
+# (neighbours, experts, answers) of one tile of the TPU kernel; 55, 8, 64 is the largest to stay on the chip
+TILES = (
+    (5, 6, 21),
+    (20, 6, 21),
+    (5, 8, 32),
+    (16, 8, 32),
+    (5, 8, 128),
+    (32, 8, 64),
+    (55, 8, 64),
+    (64, 8, 128),
+    (3, 7, 1000),
+)
 
 
 def sample(case: Case, seed: int = 0) -> Inputs:

@@ -8,6 +8,7 @@ import pytest
 from r2t2_jax import baselines
 from r2t2_jax.decision import Neighbors
 from tests.r2t2_jax.made_up import GROUPS, reference_set, simplex
+from tests.tolerances import FITTED_ROUTING, assert_near
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_each_group_gets_the_best_routing_of_its_own_references(references):
     fitted = baselines.best_per_group(references, group)
     for g in range(2):
         alone = baselines.best_global(references.select(group == g))
-        np.testing.assert_allclose(fitted[g], alone, atol=1e-6)
+        assert_near(fitted[g], alone, FITTED_ROUTING)
 
 
 def test_the_best_shift_lowers_the_loss_and_changes_every_routing_alike(references):

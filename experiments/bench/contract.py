@@ -19,7 +19,7 @@ def check(names: tuple[str, ...] = CHECKED) -> None:
         with jax.enable_x64(True):
             expected = _pulled([jnp.asarray(x, jnp.float64) for x in inputs], implementation="reference")
         actual = _pulled(list(map(jnp.asarray, inputs)), solver=SolverConfig(max_steps=60))
-        _compare(f"mesa_chunk on {name}", actual, expected)
+        require_near(f"mesa_chunk on {name}", actual, expected)
 
 
 def check_yardstick() -> None:
@@ -33,7 +33,7 @@ def check_yardstick() -> None:
     theirs, gradients = yardstick.forward_backward(*yardstick.tensors((*arrays, dout)), chunk_length=64)
     heads = out.shape[2]
     flat = [yardstick.sequence(x, heads).reshape(x.numel()) for x in (theirs, *gradients[:3], gradients[4])]
-    _compare("the yardstick", flat, [np.ravel(x) for x in (out, *pull(dout)[:3], pull(dout)[4])])
+    require_near("the yardstick", flat, [np.ravel(x) for x in (out, *pull(dout)[:3], pull(dout)[4])])
 
 
 def _pulled(arrays, **choices):
@@ -47,7 +47,8 @@ def _pulled(arrays, **choices):
     return jax.device_get((*values, *pull(jax.tree.map(jnp.ones_like, values))))
 
 
-def _compare(what: str, actual, expected) -> None:
+def require_near(what: str, actual, expected) -> None:
+    """Raises UserError if arrays differ by more than TOLERANCE of the largest entry of what is expected."""
     for found, truth in zip(actual, expected, strict=True):
         found, truth = np.asarray(found, np.float64), np.asarray(truth, np.float64)
         error = np.max(np.abs(found - truth)) / np.max(np.abs(truth))

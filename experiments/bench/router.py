@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.clock import ratio, take_turns
-from experiments.cli import UserError
+from experiments.bench.contract import require_near
 from pallas_kernels import router_descent
 from pallas_kernels.router_descent.cases import BENCHMARK, CASES, Case, sample
 from pallas_kernels.router_descent.contract import Inputs
 
 CHECKED = (("moai", "sgd"), ("mova", "adam"), ("ball", "exponentiated"), ("choices", "adam"))
-TOLERANCE = 2e-5  # float32, relative to the largest entry; tests/tolerances.py is stricter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +52,11 @@ def check(pairs: tuple[tuple[str, str], ...] = CHECKED) -> None:
         with jax.enable_x64(True):
             expected = jax.jit(reference)(*_arrays(sample(CASES[name]), np.float64))
         actual = jax.jit(operator)(*_arrays(sample(CASES[name])))
-        _compare(f"router_descent with {optimizer} on {name}", actual, expected)
+        require_near(f"router_descent with {optimizer} on {name}", actual, expected)
     inputs = _arrays(sample(dataclasses.replace(BENCHMARK, batch=3)))
     expected = router_descent(*inputs)
-    _compare("the loop over inputs and neighbours", _loop(inputs)(), expected)
-    _compare("the mapped descent", _mapped(*inputs), expected)
+    require_near("the loop over inputs and neighbours", _loop(inputs)(), expected)
+    require_near("the mapped descent", _mapped(*inputs), expected)
 
 
 def compare(case: Case, rounds: int, loop_inputs: int = 20) -> RouterRow:
@@ -201,13 +200,3 @@ def _temporary_bytes(function, *arguments) -> int:
 
 def _exponent(batches, readouts_per_input) -> float:
     return float(1 + np.polyfit(np.log(batches), np.log(readouts_per_input), 1)[0])
-
-
-def _compare(what: str, actual, expected) -> None:
-    for found, truth in zip(actual, expected, strict=True):
-        found, truth = np.asarray(found, np.float64), np.asarray(truth, np.float64)
-        error = np.max(np.abs(found - truth)) / np.max(np.abs(truth))
-        if not error <= TOLERANCE:
-            raise UserError(
-                f"{what} is off by {error:.1e} of its largest entry; nothing is timed before that is mended."
-            )

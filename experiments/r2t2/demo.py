@@ -14,7 +14,7 @@ from experiments import cli
 from experiments.r2t2 import evaluate, references, reroute, train
 from r2t2_jax import ledger
 
-METHODS = ("amortised, guarded", "descent, all, guarded", "descent", "descent, paper's settings")
+METHODS = ("amortised, guarded", "descent, all references", "descent", "descent, paper's settings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

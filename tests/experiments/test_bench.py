@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.bench import contract
+from experiments.bench import contract, search
 from experiments.bench.__main__ import BenchConfig, main
 from experiments.bench.clock import Timing, ratio, take_turns
 from experiments.cli import UserError
@@ -48,3 +48,17 @@ def test_without_torch_one_sentence_says_how_to_get_it(monkeypatch, tmp_path):
 def test_a_config_that_cannot_be_measured_names_its_field(field):
     with pytest.raises(UserError, match=f"^{next(iter(field))}={next(iter(field.values()))} "):
         BenchConfig(**field)
+
+
+def test_a_wrong_search_is_not_timed(monkeypatch):
+    row = search.compare(8, rounds=2, references=3000, queries=8, k=2)
+    assert row.ratio > 0 and "2 nearest of 3,000 in 8 dimensions" in search.lines([row])[0]
+    right = search.nearest
+    monkeypatch.setattr(search, "nearest", lambda *call: [x[:, ::-1] for x in right(*call)])
+    with pytest.raises(UserError, match="no time is worth printing"):
+        search.compare(8, rounds=2, references=3000, queries=8, k=2)
+
+
+def test_a_part_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match=r"^parts=\('memory',\) must be some of"):
+        BenchConfig(parts=("memory",))

@@ -413,7 +413,7 @@ def test_build_takes_a_linearisation_and_another_embedding():
         ({"embed": lambda p, x: x["x"]}, "embedder must name"),
         ({"model": dataclasses.replace(model_and_params()[0], readout=None)}, "readout is needed"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else ",".join(x),
 )
 def test_build_refuses_bad_input_before_the_model_runs(change, message, monkeypatch):
     monkeypatch.setattr(reference_build, "_look", None)

@@ -58,7 +58,13 @@ CASES = {
 }
 
 # what the benchmark times: the paper's setting on a test set of 3000 inputs, and a generous neighbourhood
-BENCHMARK = Case(source="issue 3: b 3000, m 5 and 20, e 6, y 21, s 10", batch=3000, neighbors=5, answers=21, steps=10)
+BENCHMARK = Case(
+    source="the paper's five neighbours and ten steps (appendix C), six experts, a test of 3,000",
+    batch=3000,
+    neighbors=5,
+    answers=21,
+    steps=10,
+)
 
 # (neighbours, experts, answers) of one tile of the TPU kernel; 55, 8, 64 is the largest to stay on the chip
 TILES = (

@@ -176,7 +176,7 @@ def _try(references: ReferenceSet, config: RerouteConfig, memory: Memory, neighb
 
 @functools.lru_cache(maxsize=64)
 def _attempt(config: RerouteConfig, strategy: Strategy, groups: tuple[int, ...]):
-    """Returns the compiled function (memory, neighbors, features, rows) -> _Trial of some references."""
+    """Returns the compiled function (memory, neighbors, features, rows) -> _Trial; `strategy` is but a key."""
 
     @jax.jit
     def attempt(memory: Memory, neighbors: Neighbors, features: Features, rows: Int[Array, "b"]) -> _Trial:

@@ -1,6 +1,6 @@
 """Train a frozen mixture of experts, re-route it, replay a decision, and draw what that gained and broke.
 
-Takes about four minutes on two CPU cores and downloads nothing: the pictures are rendered around scikit-learn's
+Took seven minutes on two CPU cores that had other work, and downloads nothing: the pictures are rendered around scikit-learn's
 handwritten digits. The same by hand: experiments.r2t2.train, .references, .reroute and .evaluate.
 """
 

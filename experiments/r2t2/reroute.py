@@ -80,8 +80,9 @@ def decide(config: DecideConfig, trained: Trained, opened: Opened, output: Path,
         desk = Desk(trained, opened, memory, config.config)
         if config.budget_ms:
             desk = within_budget(desk, test, config.budget_ms)
-            memory, forecast = prepare(opened.references, desk.config)  # its own thresholds
-            desk = desk._replace(memory=memory)
+            if desk.config != config.config:  # another strategy has other thresholds
+                memory, forecast = prepare(opened.references, desk.config)
+                desk = desk._replace(memory=memory)
         watch = monitor.start(monitor.MonitorConfig(), monitor.baseline(forecast.distances))
     except ValueError as error:
         raise UserError(f"references: {error}") from None

@@ -17,7 +17,7 @@ class FrozenModel:
     Attributes:
       forward: (params, inputs, routing [b, e]) -> logits [b, y]. The model's own answer is forward at router's routing.
       router: (params, inputs) -> the routing the model itself chooses.
-      embed: (params, inputs) -> unit vectors by which inputs are neighbours; by default of the question alone.
+      embed: (params, inputs) -> unit vectors by which inputs are neighbours, usually of the question alone.
       features: (params, inputs) -> what else the frozen model computes about an input, for a learned re-router.
       readout: (params, inputs) -> Readout with readout(routing) = forward(routing), if there is an exact one.
       groups: sizes of the groups of experts whose weights sum to 1, in the order of the axis e.

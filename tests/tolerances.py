@@ -35,9 +35,7 @@ MODEL = {  # a whole small model, two layers and solves of 16 steps, computed in
     "bfloat16": 3e-2,  # bfloat16 activations against float32: a handful of roundings of 2^-8 add up
 }
 HUGE_RIDGE = 1e-8  # the next term of a series, |H| / ridge
-REPORT = 7e-3  # two reports of one residual after a stop at 1e-3: a difference of numbers of size 1 in float32
 DENSE_RESIDUAL = 4e-7  # a relative residual is measured in float32 from float32 solutions, whatever it ought to be
-STALL = 1e-6  # where conjugate gradient in float32 ends however long it runs, on matrices of condition 30
 # r2t2_jax and router_descent
 OTHER_BATCH = 5e-7  # a model's outputs in batches of another size: one rounding or two of float32
 STANDARDISED = 1.3e-6  # spread of standardised features: float32 sums of 400 terms

@@ -80,8 +80,8 @@ def solutions(*operands, solver: SolverConfig):
     """Solutions of the forward and of the adjoint systems, [t, h, k] each."""
     q, k, v, log_decay, beta, ridge, dout = operands
     inputs = (k, v, log_decay, beta, ridge, zero_state(q, v), jnp.zeros(q.shape[:2], jnp.int32))
-    _, final, x, _ = xla.forward(q, *inputs, solver=solver, with_report=False)
-    y, *_ = xla.backward(inputs, x, dout, jax.tree.map(jnp.zeros_like, final), solver=solver)
+    _, final, x, _, factors = xla.forward(q, *inputs, solver=solver)
+    y, *_ = xla.backward(inputs, x, factors, dout, jax.tree.map(jnp.zeros_like, final), solver=solver)
     return x[0], y[0]
 
 

@@ -1,37 +1,42 @@
 """The mathematics of one chunk of one head, as pure functions of values (README.md, section 2).
 
-Arrays end in the axes named beside them; any axes may come before, and all functions broadcast over those. Products
-run at full precision: on TPUs and GPUs the default is lower than float32, and the solve would stall at it.
+Arrays end in the axes named beside them; any axes may come before, and all functions broadcast over those. Tokens are
+columns: what is computed per token is a row [1, c], and sums over an unknown run down a column, where the vector units
+of accelerators add without shuffling. Products run in full precision, unless they are part of a solver step: on TPUs
+and GPUs the default is lower than float32, and residuals would stall at it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mesa_chunk.solver import Solution, SolverConfig, conjugate_gradient, relative_residual
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+from pallas_kernels.mesa_chunk.products import (
+    split,
+    times,
+    times_parts,
+    times_transposed,
+    transpose,
+    transposed_times,
+)
 
 
 class Decays(NamedTuple):
     """Cumulative forgetting inside a chunk; 0 wherever a document boundary lies between."""
 
-    within: jax.Array  # [c, c] from token s (column) to token t (row)
-    into: jax.Array  # [c] from the state before the chunk to token t
+    within: jax.Array  # [c, c] from token s (row) to token t (column)
+    into: jax.Array  # [1, c] from the state before the chunk to token t
+    out: jax.Array  # [1, c] from token s to the end of the chunk
     visible: jax.Array  # [c, c] bool, s <= t within one document; `within` may underflow to 0 where this is true
-
-    @property
-    def out(self) -> jax.Array:
-        """[c] from token s to the end of the chunk."""
-        return self.within[..., -1, :]
+    together: jax.Array  # [c, c] bool, s and t within one document
+    log_ahead: jax.Array  # [1, c] log of the decay from token s to the end of its document in this chunk
+    log_whole: jax.Array  # [1, c] the same from before its document's first token in this chunk
 
     @property
     def through(self) -> jax.Array:
-        """[] from the state before the chunk to the state after it."""
-        return self.into[..., -1]
+        """[1, 1] from the state before the chunk to the state after it."""
+        return self.into[..., -1:]
 
 
 class Tile(NamedTuple):
@@ -39,135 +44,159 @@ class Tile(NamedTuple):
 
     k: jax.Array  # [c, k]
     v: jax.Array  # [c, v]
-    beta: jax.Array  # [c]
+    beta: jax.Array  # [1, c]
     decays: Decays
     kk: jax.Array  # [k, k]
     kv: jax.Array  # [k, v]
-    ridge: jax.Array  # [k]
+    ridge: jax.Array  # [k, 1]
 
 
 class Cotangents(NamedTuple):
-    """Gradients of one tile."""
+    """Gradients of one tile; the ridge is shared by all tiles of a head, so its gradients add up."""
 
-    k: jax.Array  # [c, k]
-    v: jax.Array  # [c, v]
-    log_decay: jax.Array  # [c]
-    beta: jax.Array  # [c]
-    ridge: jax.Array  # [k]
+    k: jax.Array  # [k, c]
+    v: jax.Array  # [v, c]
+    log_decay: jax.Array  # [1, c]
+    beta: jax.Array  # [1, c]
+    ridge: jax.Array  # [k, 1]
 
 
 def cumulative_decays(log_decay: jax.Array, starts: jax.Array) -> Decays:
-    """Returns the decays of a chunk from its log gates [c] and document starts [c]."""
-    document = jnp.cumsum(starts, axis=-1)
-    place = jnp.arange(document.shape[-1])
-    upto = place[:, None] >= place[None, :]
-    visible = upto & (document[..., :, None] == document[..., None, :])
+    """Returns the decays of a chunk from its log gates [1, c] and document starts [1, c], int32."""
+    s, t = places(log_decay.shape[-1])
+    gates, starts = to_column(log_decay), to_column(starts.astype(log_decay.dtype))
+    document = sum_down(jnp.where(s <= t, starts, 0))
+    together = to_column(document) == document
+    visible = (s <= t) & together
     # every sum runs over its own gates: a difference of cumulative sums would drown weak gates beside a strong one
-    lag = _matmul(upto.astype(log_decay.dtype), jnp.where(upto.T, 0, log_decay[..., :, None]))
+    lag = times(jnp.where(s < t, log_decay, 0), jnp.broadcast_to(s <= t, visible.shape).astype(log_decay.dtype))
     # exp only of what is kept: the masked half would overflow, and 0 * inf is NaN
     within = jnp.where(visible, jnp.exp(jnp.where(visible, lag, 0)), 0)
-    into = jnp.where(document == 0, jnp.exp(jnp.cumsum(log_decay, axis=-1)), 0)
-    return Decays(within, into, visible)
+    in_document = jnp.where(together, gates, 0)
+    log_ahead = sum_down(jnp.where(s > t, in_document, 0))
+    return Decays(
+        within=within,
+        into=jnp.where(document == 0, jnp.exp(sum_down(jnp.where(s <= t, gates, 0))), 0),
+        out=jnp.where(document == document[..., -1:], jnp.exp(log_ahead), 0),
+        visible=visible,
+        together=together,
+        log_ahead=log_ahead,
+        log_whole=sum_down(in_document),
+    )
 
 
 def added_states(k: jax.Array, v: jax.Array, beta: jax.Array, decays: Decays) -> tuple[jax.Array, jax.Array]:
-    """Returns what the chunk adds to the states kk [k, k] and kv [k, v] by its end."""
-    weighted = _transpose(k * (decays.out * beta)[..., None])
-    return _matmul(weighted, k), _matmul(weighted, v)
+    """Returns what the chunk, k [c, k] and v [c, v], adds to the states kk [k, k] and kv [k, v] by its end."""
+    weighted = transpose(k) * (decays.out * beta)
+    return times(weighted, k), times(weighted, v)
 
 
-def matrix(tile: Tile) -> Callable[[jax.Array], jax.Array]:
-    """Returns the map from x [c, k] to (H_t + Lambda) x_t for every token of the chunk."""
-    key_dim, strengths, into = tile.k.shape[-1], _strengths(tile), tile.decays.into[..., None]
-    state_and_keys = jnp.concatenate([tile.kk, _transpose(tile.k)], axis=-1)
+def matrix(tile: Tile, precision: str = "float32") -> Callable[[jax.Array], jax.Array]:
+    """Returns the map from x [k, c] to (H_t + Lambda) x_t for every token of the chunk."""
+    strengths, into = _strengths(tile), tile.decays.into
+    state, keys, columns = (split(x, precision) for x in (tile.kk, tile.k, transpose(tile.k)))
 
     def apply(x):
-        products = _matmul(x, state_and_keys)  # one wide product is faster than two
-        weights = products[..., key_dim:] * strengths
-        return into * products[..., :key_dim] + _matmul(weights, tile.k) + x * tile.ridge[..., None, :]
+        weights = times_parts(keys, x) * strengths
+        return into * times_parts(state, x) + times_parts(columns, weights) + tile.ridge * x
 
     return apply
 
 
 def read_out(x: jax.Array, tile: Tile) -> jax.Array:
-    """Returns o_t = G_t^T x_t [c, v] for x [c, k]."""
-    weights = _matmul(x, _transpose(tile.k)) * _strengths(tile)
-    return tile.decays.into[..., None] * _matmul(x, tile.kv) + _matmul(weights, tile.v)
-
-
-def solve(rhs: jax.Array, tile: Tile, config: SolverConfig) -> Solution:
-    """Solves (H_t + Lambda) x_t = rhs_t for every token of the chunk."""
-    return conjugate_gradient(matrix(tile), rhs, config)
-
-
-def true_residual(rhs: jax.Array, x: jax.Array, tile: Tile) -> jax.Array:
-    """Returns ||rhs_t - (H_t + Lambda) x_t|| / ||rhs_t|| [c]."""
-    return relative_residual(matrix(tile), rhs, x)
+    """Returns o_t = G_t^T x_t [v, c] for x [k, c]."""
+    weights = times(tile.k, x) * _strengths(tile)
+    return tile.decays.into * transposed_times(tile.kv, x) + transposed_times(tile.v, weights)
 
 
 def adjoint_rhs(dout: jax.Array, tile: Tile) -> jax.Array:
-    """Returns b_t = G_t dout_t [c, k], the right-hand side of the backward solve."""
-    weights = _matmul(dout, _transpose(tile.v)) * _strengths(tile)
-    return tile.decays.into[..., None] * _matmul(dout, _transpose(tile.kv)) + _matmul(weights, tile.k)
+    """Returns b_t = G_t dout_t [k, c] for dout [v, c], the right-hand side of the backward solve."""
+    weights = times(tile.v, dout) * _strengths(tile)
+    return tile.decays.into * times(tile.kv, dout) + transposed_times(tile.k, weights)
 
 
-def added_cotangents(x: jax.Array, adjoint: Solution, dout: jax.Array, decays: Decays) -> tuple[jax.Array, jax.Array]:
-    """Returns what the chunk adds to the cotangents of the states kk and kv before it."""
-    faded = _transpose(x * decays.into[..., None])
-    return -_transpose(_matmul(faded, adjoint.solution)), _matmul(faded, dout)
+def added_cotangents(x: jax.Array, y: jax.Array, dout: jax.Array, decays: Decays) -> tuple[jax.Array, jax.Array]:
+    """Returns what the chunk adds to the cotangents of the states kk and kv before it.
+
+    Args:
+      x, y: forward and backward solutions [k, c].
+      dout: cotangent of the output [v, c].
+      decays: of the chunk.
+    """
+    faded = x * decays.into
+    return -times_transposed(y, faded), times_transposed(faded, dout)
 
 
 def cotangents(
-    x: jax.Array, adjoint: Solution, dout: jax.Array, tile: Tile, dkk: jax.Array, dkv: jax.Array
+    x: jax.Array, y: jax.Array, residual: jax.Array, dout: jax.Array, tile: Tile, dkk: jax.Array, dkv: jax.Array
 ) -> Cotangents:
-    """Returns the gradients of one tile (README.md, section 3).
+    """Returns the gradients of one tile (README.md, section 4).
 
     Args:
-      x: forward solutions [c, k].
-      adjoint: backward solutions y with their residuals.
-      dout: cotangent of the output [c, v].
+      x, y: forward and backward solutions [k, c].
+      residual: what the latter leave of the backward right-hand side [k, c].
+      dout: cotangent of the output [v, c].
       tile: the tile.
       dkk, dkv: cotangents of the states after the chunk, [k, k] and [k, v].
     """
-    k, v, beta, decays = tile.k, tile.v, tile.beta, tile.decays
-    y, out = adjoint.solution, decays.out[..., None]
-    xk = _transpose(_matmul(x, _transpose(k)) * decays.within)
-    surprise = _transpose((_matmul(dout, _transpose(v)) - _matmul(y, _transpose(k))) * decays.within)
-    k_dkk, k_dkv = _matmul(k, dkk), _matmul(k, dkv)
-    left = _matmul(surprise, x) + out * (_matmul(v, _transpose(dkv)) + _matmul(k, _transpose(dkk)))
-    right = -_matmul(xk, y) + out * k_dkk
-    dbeta = jnp.sum(left * k, axis=-1)
+    decays, beta, k, v = tile.decays, tile.beta, transpose(tile.k), transpose(tile.v)
+    xk = times(tile.k, x) * decays.within
+    surprise = (times(tile.v, dout) - times(tile.k, y)) * decays.within
+    dkk_k, dkv_k = transposed_times(dkk, k), transposed_times(dkv, k)
+    left = times_transposed(x, surprise) + decays.out * (times(dkv, v) + times(dkk, k))
+    right = decays.out * dkk_k - times_transposed(y, xk)
+    dbeta = sum_down(left * k)
     # <dstate, state> after the chunk, put together from what the state before it and the tokens contribute
-    kept = decays.through * (jnp.sum(dkk * tile.kk, (-2, -1)) + jnp.sum(dkv * tile.kv, (-2, -1)))
-    added = jnp.sum(beta * decays.out * (jnp.sum(k * k_dkk, -1) + jnp.sum(v * k_dkv, -1)), -1)
-    dtotal = jnp.sum(x * (tile.ridge[..., None, :] * y + adjoint.residual), axis=-1) - beta * dbeta
+    kept = decays.through * (_sum_all(dkk * tile.kk) + _sum_all(dkv * tile.kv))
+    added = _sum_all(beta * decays.out * (sum_down(k * dkk_k) + sum_down(v * dkv_k)))
+    dtotal = sum_down(x * (tile.ridge * y + residual)) - beta * dbeta
+    last = jax.lax.broadcasted_iota(jnp.int32, (1, k.shape[-1]), 1) == k.shape[-1] - 1
     return Cotangents(
-        k=beta[..., None] * (left + right),
-        v=beta[..., None] * (_matmul(xk, dout) + out * k_dkv),
-        log_decay=_later_tokens(dtotal.at[..., -1].add(kept + added), decays.visible),
+        k=beta * (left + right),
+        v=beta * (times_transposed(dout, xk) + decays.out * dkv_k),
+        log_decay=_later_tokens(dtotal + jnp.where(last, kept + added, 0), decays.visible),
         beta=dbeta,
-        ridge=-jnp.sum(x * y, axis=-2),
+        ridge=-jnp.sum(x * y, axis=-1, keepdims=True),
     )
 
 
+def places(size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the row and the column number of every entry of a [size, size] matrix."""
+    shape = (size, size)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def sum_down(x: jax.Array) -> jax.Array:
+    """Returns the sums [1, m] of the columns of x [n, m]."""
+    return jnp.sum(x, axis=-2, keepdims=True)
+
+
+def to_column(row: jax.Array) -> jax.Array:
+    """Returns [c, 1] of [1, c], without the transpose that kernels lack for single rows."""
+    i, j = places(row.shape[-1])
+    return jnp.sum(jnp.where(i == j, row, 0), axis=-1, keepdims=True)
+
+
+def to_row(column: jax.Array) -> jax.Array:
+    """Returns [1, c] of [c, 1]."""
+    i, j = places(column.shape[-2])
+    return sum_down(jnp.where(i == j, column, 0))
+
+
 def _strengths(tile: Tile) -> jax.Array:
-    """How much token t (row) still holds of token s (column): decay times input strength."""
-    return tile.decays.within * tile.beta[..., None, :]
+    """How much token t (column) still holds of token s (row): decay times input strength."""
+    return tile.decays.within * to_column(tile.beta)
 
 
 def _later_tokens(dtotal: jax.Array, visible: jax.Array) -> jax.Array:
-    """Turns cotangents [c] of the cumulative log decay into those of the log gates: each gate moves all later tokens.
+    """Turns cotangents [1, c] of the cumulative log decay into those of the log gates: a gate moves all later tokens.
 
     What lies beyond the chunk is in the last entry, as <dstate, state>. The sums stay short that way and do not lose
     small gradients over long contexts.
     """
-    return rows_times(dtotal, visible.astype(dtotal.dtype))
+    return to_row(jnp.sum(jnp.where(visible, dtotal, 0), axis=-1, keepdims=True))
 
 
-def _transpose(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
-
-
-def rows_times(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Returns x^T M [v] for every x [k] and M [k, v]."""
-    return _matmul(x[..., None, :], matrix)[..., 0, :]
+def _sum_all(x: jax.Array) -> jax.Array:
+    """Returns the sum [1, 1] of all entries."""
+    return jnp.sum(sum_down(x), axis=-1, keepdims=True)

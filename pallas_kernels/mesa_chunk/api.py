@@ -56,7 +56,7 @@ def mesa_chunk(
         to the first one. Ids must not decrease along t. Negative ids mark padding, wherever it stands: it is ignored
         whatever it holds, its outputs are 0, and the state passes through it.
       solver: when a token's solve ends.
-      with_report: also return how well each token was solved, at the price of one more product with the matrix.
+      with_report: also return how well each token was solved.
       implementation: "reference" (dense solves token by token, differentiated by JAX; exact whatever the budget),
         "xla", or None for the fastest at hand.
 
@@ -84,7 +84,7 @@ def mesa_chunk(
     if chosen == "reference":
         out, final, report = mesa_chunk_reference(*inputs)
     else:
-        out, final, report = vjp.mesa_chunk(*inputs, solver, with_report, chosen)
+        out, final, report = vjp.mesa_chunk(*inputs, solver, chosen)
     # kept by the same remat policy as the solutions: what uses the output would otherwise solve again to have it back
     out = checkpoint_name(out.astype(out_dtype), "mesa_solution")
     return (out, final, report) if with_report else (out, final)

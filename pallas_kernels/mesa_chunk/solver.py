@@ -1,6 +1,6 @@
 """Conjugate gradient for many small systems at once, as pure functions of values.
 
-The last axis is the unknown; every index of the axes before it is a system of its own.
+Unknowns are columns [k, c]; each column, at each index of any axes before, is a system of its own and called a token.
 """
 
 import dataclasses
@@ -10,95 +10,262 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mesa_chunk.products import PRECISIONS
+
+PRECONDITIONERS = ("none", "nested")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolverConfig:
-    """When the solve of a token ends.
+    """How a token is solved, and when its solve ends.
 
     Attributes:
-      max_steps: conjugate-gradient steps at most. 0 skips the solve and reads out with the query itself, which turns
-        the layer into gated linear attention (arXiv 2506.05233, section 3).
-      tolerance: a token stops once ||residual|| <= tolerance * ||right-hand side||; 0 uses every step.
+      max_steps: steps at most. 0 skips the solve and reads out with the query itself, which turns the layer into gated
+        linear attention (arXiv 2506.05233, section 3).
+      tolerance: a token stops once ||residual|| <= tolerance * ||right-hand side||, or once more steps change nothing.
+      preconditioner: "nested" shares one factor among all tokens of a chunk (README.md, section 3); it serves chunks
+        that remember what they began with, and all others are solved as with "none", by plain conjugate gradient.
+      precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16". Residuals are computed
+        anew in float32 between rounds of steps, so that a lower precision costs steps before it costs accuracy.
+      adjoint_max_steps, adjoint_tolerance: the same for the solve of the backward pass; None takes those above.
     """
 
     max_steps: int = 30
     tolerance: float = 0.0
+    preconditioner: str = "nested"
+    precision: str = "float32"
+    adjoint_max_steps: int | None = None
+    adjoint_tolerance: float | None = None
 
     def __post_init__(self):
-        if self.max_steps < 0:
-            raise ValueError(f"SolverConfig: max_steps={self.max_steps} is negative; use 0 or more.")
-        if not 0.0 <= self.tolerance < 1.0:
-            raise ValueError(f"SolverConfig: tolerance={self.tolerance} is outside [0, 1); 1e-4 is a common choice.")
+        for field in ("max_steps", "adjoint_max_steps"):
+            steps = getattr(self, field)
+            if steps is not None and steps < 0:
+                raise ValueError(f"SolverConfig: {field}={steps} is negative; use 0 or more.")
+        for field in ("tolerance", "adjoint_tolerance"):
+            value = getattr(self, field)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"SolverConfig: {field}={value} is outside [0, 1); 1e-4 is a common choice.")
+        for field, known in {"preconditioner": PRECONDITIONERS, "precision": PRECISIONS}.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"SolverConfig: {field}={getattr(self, field)!r} is unknown; use one of {known}.")
+        if self.max_steps == 0 and self.adjoint_max_steps:
+            raise ValueError("SolverConfig: adjoint_max_steps without max_steps; linear attention solves neither way.")
+
+    @property
+    def adjoint(self) -> "SolverConfig":
+        """The solve of the backward pass as a configuration of its own."""
+        steps, tolerance = self.adjoint_max_steps, self.adjoint_tolerance
+        return dataclasses.replace(
+            self,
+            max_steps=self.max_steps if steps is None else steps,
+            tolerance=self.tolerance if tolerance is None else tolerance,
+            adjoint_max_steps=None,
+            adjoint_tolerance=None,
+        )
 
 
 class Solution(NamedTuple):
-    """Result of a solve; `residual` is the vector rhs - A solution as the recursion carries it."""
+    """Result of a solve; `residual` is the vector rhs - A solution, computed from the solution."""
 
-    solution: jax.Array  # [..., k]
-    residual: jax.Array  # [..., k]
-    num_steps: jax.Array  # [...] int32
-
-
-class _Carry(NamedTuple):
-    step: jax.Array
-    solution: jax.Array
-    residual: jax.Array
-    direction: jax.Array
-    energy: jax.Array  # [..., 1] squared norm of the residual
-    num_steps: jax.Array  # [..., 1]
+    solution: jax.Array  # [k, c]
+    residual: jax.Array  # [k, c]
+    num_steps: jax.Array  # [1, c] int32
 
 
-def conjugate_gradient(
-    apply_matrix: Callable[[jax.Array], jax.Array], rhs: jax.Array, config: SolverConfig
+class Method(NamedTuple):
+    """One way to take conjugate-gradient steps on A x = b, each token's equation multiplied by `scale`.
+
+    Attributes:
+      search: maps the residual [k, c] to the preconditioned residual, and to whatever else follows the recurrence of
+        search directions: it is added up with the same weights as they are.
+      image: maps a direction, as added up of what `search` returns, to scale * A direction.
+      wanted: [1, c] tokens that this method is to solve.
+      scale: [1, c] factor of each token's equation, > 0.
+      reduction: how far a round of steps may reduce the residual before it is computed anew; what the recurrence says
+        below that is rounding.
+    """
+
+    search: Callable[[jax.Array], tuple[jax.Array, ...]]
+    image: Callable[..., jax.Array]
+    wanted: jax.Array
+    scale: jax.Array
+    reduction: float
+
+
+def reduction(precision: str, dtype) -> float:
+    """Returns to what share of itself a round may bring the residual before the recurrence has lost it."""
+    return 1e-13 if dtype == jnp.float64 else {"float32": 1e-5, "bfloat16_3x": 5e-5, "bfloat16": 1e-1}[precision]
+
+
+def exact_steps(
+    apply_matrix: Callable[[jax.Array], jax.Array], rhs: jax.Array, precision: str = "float32", diagonal=None
+) -> Method:
+    """Conjugate gradient on the matrix itself, for all tokens; `apply_matrix` computes in that precision.
+
+    Preconditioned by a diagonal [k, 1], if one is given. In full precision it begins anew only where it must: a new
+    start loses what the directions know of each other.
+    """
+    ones = jnp.ones_like(rhs[..., :1, :])
+    exact = precision == "float32" or rhs.dtype == jnp.float64
+    return Method(
+        search=lambda r: (r if diagonal is None else r / diagonal,),
+        image=apply_matrix,
+        wanted=ones > 0,
+        scale=ones,
+        reduction=0.0 if exact else reduction(precision, rhs.dtype),
+    )
+
+
+def solve(
+    apply_matrix: Callable[[jax.Array], jax.Array], rhs: jax.Array, methods: tuple[Method, ...], config: SolverConfig
 ) -> Solution:
-    """Solves A x = rhs for symmetric positive definite A from x = 0 (arXiv 2506.05233, Algorithm 1).
+    """Solves A x = rhs for symmetric positive definite A from x = 0.
 
-    Nothing in it is absolute: right-hand sides are scaled to unit size first and every division is guarded instead of
-    shifted by an epsilon, so gradients of size 1e-20 are solved as well as those of size 1. A token that has reached
-    its tolerance is frozen; its answer depends on no other token. The loop ends when all have.
+    Rounds of conjugate-gradient steps, with the residual computed anew after each: the steps may be taken in low
+    precision or on a recurrence that drifts, and what is reported is true all the same. Nothing is absolute: right-hand
+    sides are scaled to unit size first and every division is guarded instead of shifted by an epsilon, so gradients of
+    size 1e-20 are solved as well as those of size 1. A token that has reached its tolerance is frozen; its answer
+    depends on no other token. A loop ends when all its tokens have. What one method leaves unsolved, the next takes up.
 
     Args:
-      apply_matrix: maps [..., k] to A x, system by system.
-      rhs: [..., k], of the dtype to compute in.
+      apply_matrix: maps [k, c] to A x, token by token.
+      rhs: [k, c], of the dtype to compute in.
+      methods: what to iterate with, in this order.
       config: when to stop.
     """
-    scale = jnp.max(jnp.abs(rhs), axis=-1, keepdims=True)
+    problem, scale = pose(apply_matrix, rhs, config)
+    found = nothing_found(problem)
+    for method in methods:
+
+        def take_round(rounds: Rounds, method=method):
+            steps = jax.lax.while_loop(
+                lambda steps: jnp.any(is_going(problem, method, rounds, steps)),
+                lambda steps: step(problem, method, rounds, steps),
+                first_step(method, rounds),
+            )
+            return end_round(problem, rounds, steps)
+
+        rounds = first_round(problem, method, found)
+        found = jax.lax.while_loop(lambda rounds: jnp.any(rounds.wanted), take_round, rounds).found
+    return Solution(found.solution * scale, found.residual * scale, found.num_steps)
+
+
+class Problem(NamedTuple):
+    """Systems to solve, with right-hand sides whose largest entry is 1."""
+
+    apply_matrix: Callable[[jax.Array], jax.Array]
+    rhs: jax.Array  # [k, c]
+    target: jax.Array  # [1, c] squared norm of the residual to reach
+    max_steps: int
+
+
+class Rounds(NamedTuple):
+    """Where tokens stand between two rounds of steps."""
+
+    found: Solution
+    size: jax.Array  # [1, c] squared norm of the residual
+    wanted: jax.Array  # [1, c] bool, whether the token goes on
+
+
+class Steps(NamedTuple):
+    """Where tokens stand between two steps of a round, in equations multiplied by the method's scale."""
+
+    solution: jax.Array  # [k, c] correction to that of the round
+    residual: jax.Array  # [k, c] as the recurrence has it
+    direction: tuple[jax.Array, ...]  # [k, c] each
+    size: jax.Array  # [1, c] squared norm of the residual, without the scale
+    energy: jax.Array  # [1, c] residual times preconditioned residual
+    num_steps: jax.Array  # [1, c] int32
+
+
+# A round aims a little below the tolerance, so that rounding between recurrence and residual does not cost another.
+_AIM = 0.8
+# A round that leaves more than this of the residual is the last one of its token: rounding has the word.
+_PROGRESS = 0.7
+
+
+def pose(apply_matrix, rhs: jax.Array, config: SolverConfig) -> tuple[Problem, jax.Array]:
+    """Returns the problem of unit size, and the scale [1, c] by which its solutions are to be multiplied."""
+    scale = jnp.max(jnp.abs(rhs), axis=-2, keepdims=True)
     rhs = _divide(rhs, scale)
-    energy = _dot(rhs, rhs)
-    target = config.tolerance**2 * energy
-
-    def unfinished(carry: _Carry):
-        return (carry.step < config.max_steps) & jnp.any(carry.energy > target)
-
-    def advance(carry: _Carry):
-        active = carry.energy > target
-        image = apply_matrix(carry.direction)
-        step_size = jnp.where(active, _divide(carry.energy, _dot(carry.direction, image)), 0)
-        residual = carry.residual - step_size * image
-        energy = _dot(residual, residual)
-        conjugacy = _divide(energy, carry.energy)
-        return _Carry(
-            step=carry.step + 1,
-            solution=carry.solution + step_size * carry.direction,
-            residual=residual,
-            direction=residual + conjugacy * carry.direction,
-            energy=energy,
-            num_steps=carry.num_steps + active,
-        )
-
-    start = _Carry(jnp.int32(0), jnp.zeros_like(rhs), rhs, rhs, energy, jnp.zeros(energy.shape, jnp.int32))
-    end = jax.lax.while_loop(unfinished, advance, start)
-    return Solution(end.solution * scale, end.residual * scale, end.num_steps[..., 0])
+    return Problem(apply_matrix, rhs, config.tolerance**2 * _dot(rhs, rhs), config.max_steps), scale
 
 
-def relative_residual(apply_matrix: Callable[[jax.Array], jax.Array], rhs: jax.Array, solution: jax.Array) -> jax.Array:
-    """Returns ||rhs - A solution|| / ||rhs|| [...] computed from the solution; 0 where rhs is 0."""
-    error = rhs - apply_matrix(solution)
-    return _divide(jnp.linalg.norm(error, axis=-1), jnp.linalg.norm(rhs, axis=-1))
+def nothing_found(problem: Problem) -> Solution:
+    """Returns the start of every solve: 0, after no step."""
+    rhs = problem.rhs
+    return Solution(jnp.zeros_like(rhs), rhs, jnp.zeros(rhs[..., :1, :].shape, jnp.int32))
+
+
+def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
+    """Returns where the tokens of a method stand before its first round."""
+    size = _dot(found.residual, found.residual)
+    return Rounds(found, size, method.wanted & _unsolved(problem, size, found.num_steps))
+
+
+def first_step(method: Method, rounds: Rounds) -> Steps:
+    """Returns where tokens stand at the beginning of a round."""
+    residual = rounds.found.residual * method.scale
+    zero = jnp.zeros_like(residual)
+    nowhere = tuple(zero for _ in jax.eval_shape(method.search, residual))
+    return Steps(zero, residual, nowhere, rounds.size, jnp.zeros_like(rounds.size), rounds.found.num_steps)
+
+
+def is_going(problem: Problem, method: Method, rounds: Rounds, steps: Steps) -> jax.Array:
+    """Returns which tokens [1, c] take another step in this round."""
+    aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * rounds.size)
+    return rounds.wanted & (steps.size > aim) & (steps.num_steps < problem.max_steps)
+
+
+def step(problem: Problem, method: Method, rounds: Rounds, steps: Steps) -> Steps:
+    """Takes one step of conjugate gradient with the tokens that go on (arXiv 2506.05233, Algorithm 1)."""
+    going = is_going(problem, method, rounds, steps)
+    searched = method.search(steps.residual)
+    energy = _dot(steps.residual, searched[0])
+    conjugacy = _divide(energy, steps.energy)
+    direction = tuple(s + conjugacy * d for s, d in zip(searched, steps.direction, strict=True))
+    image = method.image(*direction)
+    step_size = jnp.where(going, _divide(energy, _dot(direction[0], image)), 0)
+    residual = steps.residual - step_size * image
+    return Steps(
+        solution=steps.solution + step_size * direction[0],
+        residual=residual,
+        direction=direction,
+        size=_dot(residual, residual) / method.scale**2,
+        energy=energy,
+        num_steps=steps.num_steps + going.astype(jnp.int32),
+    )
+
+
+def end_round(problem: Problem, rounds: Rounds, steps: Steps) -> Rounds:
+    """Takes over what a round of steps has found, with the residual computed from it."""
+    solution = rounds.found.solution + steps.solution
+    residual = problem.rhs - problem.apply_matrix(solution)
+    size = _dot(residual, residual)
+    # what the recurrence takes for progress and the residual does not was rounding; NaN fails the comparison too
+    accept = size <= jnp.maximum(rounds.size, 4 * steps.size)
+    found = Solution(
+        solution=jnp.where(accept, solution, rounds.found.solution),
+        residual=jnp.where(accept, residual, rounds.found.residual),
+        num_steps=steps.num_steps,
+    )
+    size = jnp.where(accept, size, rounds.size)
+    wanted = rounds.wanted & (size < _PROGRESS**2 * rounds.size) & _unsolved(problem, size, steps.num_steps)
+    return Rounds(found, size, wanted)
+
+
+def _unsolved(problem: Problem, size: jax.Array, num_steps: jax.Array) -> jax.Array:
+    return (size > problem.target) & (num_steps < problem.max_steps)
+
+
+def relative_size(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns ||x|| / ||y|| [1, c]; 0 where y is 0."""
+    return jnp.sqrt(_divide(_dot(x, x), _dot(y, y)))
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.sum(x * y, axis=-1, keepdims=True)
+    return jnp.sum(x * y, axis=-2, keepdims=True)
 
 
 def _divide(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.mesa_chunk import xla
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
+from pallas_kernels.mesa_chunk.nested import Factor
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 
 BACK_ENDS = {"xla": xla}
@@ -17,26 +18,27 @@ class Residuals(NamedTuple):
 
     inputs: tuple  # k, v, log_decay, beta, ridge, state, starts
     solution: jax.Array  # [b, t, h, k]
+    factors: Factor | None  # of all tiles; the solve of the backward pass has the same matrices
 
 
 def _primal(
-    q, k, v, log_decay, beta, ridge, state, starts, solver: SolverConfig, with_report: bool, back_end: str
-) -> tuple[jax.Array, MesaState, SolveReport | None]:
-    """Returns outputs, final state and report (None unless asked for); all arrays in the solver's dtype."""
-    return _forward(q, k, v, log_decay, beta, ridge, state, starts, solver, with_report, back_end)[0]
+    q, k, v, log_decay, beta, ridge, state, starts, solver: SolverConfig, back_end: str
+) -> tuple[jax.Array, MesaState, SolveReport]:
+    """Returns outputs, final state and report; all arrays in the solver's dtype."""
+    return _forward(q, k, v, log_decay, beta, ridge, state, starts, solver, back_end)[0]
 
 
-mesa_chunk = jax.custom_vjp(_primal, nondiff_argnums=(8, 9, 10))
+mesa_chunk = jax.custom_vjp(_primal, nondiff_argnums=(8, 9))
 
 
-def _forward(q, k, v, log_decay, beta, ridge, state, starts, solver, with_report, back_end):
+def _forward(q, k, v, log_decay, beta, ridge, state, starts, solver, back_end):
     inputs = (k, v, log_decay, beta, ridge, state, starts)
-    out, final, x, report = BACK_ENDS[back_end].forward(q, *inputs, solver=solver, with_report=with_report)
+    out, final, x, report, factors = BACK_ENDS[back_end].forward(q, *inputs, solver=solver)
     # the name lets a remat policy keep the solution, so that the backward pass never solves forward again; see api.py
-    return (out, final, report), Residuals(inputs, checkpoint_name(x, "mesa_solution"))
+    return (out, final, report), Residuals(inputs, checkpoint_name(x, "mesa_solution"), factors)
 
 
-def _backward(solver, with_report, back_end, residuals: Residuals, cotangents):
+def _backward(solver, back_end, residuals: Residuals, cotangents):
     dout, dstate, _ = cotangents
     grads = BACK_ENDS[back_end].backward(*residuals, dout, MesaState(*dstate), solver=solver)
     return (*grads, None)  # starts are integers

@@ -6,14 +6,16 @@ are one batch.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.mesa_chunk import algebra
+from pallas_kernels.mesa_chunk import algebra, nested, products
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
-from pallas_kernels.mesa_chunk.solver import SolverConfig
+from pallas_kernels.mesa_chunk.nested import Factor
+from pallas_kernels.mesa_chunk.solver import SolverConfig, relative_size
 from pallas_kernels.tiling import pad_axis, round_up
 
 
@@ -30,56 +32,90 @@ class XlaConfig:
 
 
 def forward(
-    q, k, v, log_decay, beta, ridge, state, starts, *, solver: SolverConfig, with_report: bool, config=XlaConfig()
-) -> tuple[jax.Array, MesaState, jax.Array, SolveReport | None]:
-    """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k] and, if asked for, their report."""
+    q, k, v, log_decay, beta, ridge, state, starts, *, solver: SolverConfig, config=XlaConfig()
+) -> tuple[jax.Array, MesaState, jax.Array, SolveReport, Factor | None]:
+    """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k], their report, the tiles' factors."""
     length = q.shape[1]
     tiles, final = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
 
     def solve_and_read(inputs):
         q, tile = inputs
-        found = algebra.solve(q, tile, solver)
-        x = found.solution if solver.max_steps else q
-        checked = SolveReport(found.num_steps, algebra.true_residual(q, x, tile)) if with_report else None
-        return algebra.read_out(x, tile), x, checked
+        if not solver.max_steps:
+            report = jnp.zeros(tile.decays.into.shape, jnp.int32), relative_size(q - algebra.matrix(tile)(q), q)
+            return algebra.read_out(q, tile), q, report, None
+        factor = _factor(tile, solver)
+        found = nested.solve_tile(q, tile, factor, solver)
+        report = found.num_steps, relative_size(found.residual, q)
+        return algebra.read_out(found.solution, tile), found.solution, report, factor
 
-    results = _map_tiles(solve_and_read, (_to_chunks(q, config), tiles))
-    out, x, checked = jax.tree.map(lambda y: _to_sequence(y, length), results)
-    return out, final, x, checked
+    out, x, report, factors = _map_tiles(solve_and_read, (_to_columns(q, config), tiles))
+    out, x, (num_steps, residual) = jax.tree.map(lambda y: _to_sequence(y, length), (out, x, report))
+    return out, final, x, SolveReport(num_steps[..., 0], residual[..., 0]), factors
 
 
 def backward(
-    inputs, x: jax.Array, dout: jax.Array, dstate: MesaState, *, solver: SolverConfig, config=XlaConfig()
+    inputs,
+    x: jax.Array,
+    factors: Factor | None,
+    dout: jax.Array,
+    dstate: MesaState,
+    *,
+    solver: SolverConfig,
+    config=XlaConfig(),
 ) -> tuple:
     """Returns the cotangents of (q, k, v, log_decay, beta, ridge, state).
 
     Args:
       inputs: (k, v, log_decay, beta, ridge, state, starts) of the forward call.
       x: its solutions [b, t, h, k].
+      factors: its factors, if it had any.
       dout, dstate: cotangents of the outputs [b, t, h, v] and of the final state.
     """
     length = x.shape[1]
     tiles, _ = _tiles(*inputs, config=config)
-    x, dout = _to_chunks(x, config), _to_chunks(dout, config)
+    x, dout = _to_columns(x, config), _to_columns(dout, config)
 
     def solve_adjoint(inputs):
-        x, dout, tile = inputs
+        x, dout, tile, factor = inputs
         rhs = algebra.adjoint_rhs(dout, tile)
-        adjoint = algebra.solve(rhs, tile, solver)
+        adjoint = nested.solve_tile(rhs, tile, factor, solver.adjoint)
         dq = adjoint.solution if solver.max_steps else rhs
-        return dq, adjoint, algebra.added_cotangents(x, adjoint, dout, tile.decays)
+        return dq, adjoint, algebra.added_cotangents(x, adjoint.solution, dout, tile.decays)
 
-    dq, adjoint, added = _map_tiles(solve_adjoint, (x, dout, tiles))
+    dq, adjoint, added = _map_tiles(solve_adjoint, (x, dout, tiles, factors))
     after, dstate = _scan_states(MesaState(*added), tiles.decays.through, dstate, reverse=True)
-    grads = _map_tiles(lambda inputs: algebra.cotangents(*inputs), (x, adjoint, dout, tiles, *after))
-    sequences = (_to_sequence(g, length) for g in (dq, grads.k, grads.v, grads.log_decay, grads.beta))
-    return (*sequences, jnp.sum(grads.ridge, axis=(0, 1)), dstate)
+    arrays = (x, adjoint.solution, adjoint.residual, dout, tiles, *after)
+    grads = _map_tiles(lambda arrays: algebra.cotangents(*arrays), arrays)
+    sequences = dq, grads.k, grads.v, grads.log_decay, grads.beta
+    dq, dk, dv, dlog_decay, dbeta = (_to_sequence(g, length) for g in sequences)
+    return dq, dk, dv, dlog_decay[..., 0], dbeta[..., 0], jnp.sum(grads.ridge, axis=(0, 1))[..., 0], dstate
+
+
+def _factor(tile: algebra.Tile, solver: SolverConfig) -> Factor | None:
+    """Factors a tile where that is worth it; None if the solver does not use factors at all."""
+    if solver.preconditioner == "none" or not nested.serves(*tile.k.shape[-2:]):
+        return None
+    make = functools.partial(nested.factor, factorise=nested.Factorise(_invert, _whiten))
+    return jax.lax.cond(jnp.any(nested.is_worth_it(tile.decays)), make, nested.no_factor, tile)
+
+
+def _invert(matrix: jax.Array) -> jax.Array:
+    identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return products.transposed_times(half, half)
+
+
+def _whiten(matrix: jax.Array, rows: jax.Array) -> jax.Array:
+    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    return jax.lax.linalg.triangular_solve(lower, rows, left_side=True, lower=True)
 
 
 def _tiles(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaConfig) -> tuple[algebra.Tile, MesaState]:
     """Cuts the sequences into tiles, [n, b, h, ...] each, and carries the state through; also returns the final one."""
     starts = jnp.broadcast_to(starts[..., None], log_decay.shape)
-    k, v, beta, *gates = (_to_chunks(x, config) for x in (k, v, beta, log_decay, starts))
+    k, v = (_to_chunks(x, config) for x in (k, v))
+    beta, *gates = (_to_chunks(x, config)[..., None, :] for x in (beta, log_decay, starts))
 
     def accumulate(inputs):
         k, v, beta, gates = inputs
@@ -88,7 +124,7 @@ def _tiles(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaCo
 
     decays, added = _map_tiles(accumulate, (k, v, beta, gates))
     before, final = _scan_states(MesaState(*added), decays.through, state)
-    ridge = jnp.broadcast_to(ridge, (*k.shape[:3], ridge.shape[-1]))
+    ridge = jnp.broadcast_to(ridge[..., None], (*k.shape[:3], ridge.shape[-1], 1))
     return algebra.Tile(k, v, beta, decays, before.kk, before.kv, ridge), final
 
 
@@ -99,7 +135,7 @@ def _scan_states(
 
     def chunk(state, inputs):
         through, added = inputs
-        return jax.tree.map(lambda s, a: through[..., None, None] * s + a, state, added), state
+        return jax.tree.map(lambda s, a: through * s + a, state, added), state
 
     final, before = jax.lax.scan(chunk, state, (through, added), reverse=reverse)
     return before, final
@@ -125,7 +161,12 @@ def _to_chunks(x: jax.Array, config: XlaConfig) -> jax.Array:
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
+def _to_columns(x: jax.Array, config: XlaConfig) -> jax.Array:
+    """[b, t, h, k] -> [n, b, h, k, c]."""
+    return products.transpose(_to_chunks(x, config))
+
+
 def _to_sequence(x: jax.Array, length: int) -> jax.Array:
-    """[n, b, h, c, ...] -> [b, t, h, ...], dropping the padding."""
-    x = jnp.moveaxis(x, (0, 2), (1, 3))
+    """[n, b, h, k, c] -> [b, t, h, k], dropping the padding."""
+    x = jnp.moveaxis(x, (0, 2, 4), (1, 3, 2))
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -44,25 +44,23 @@ def mesa_step(
     out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
     log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)
     q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
-    out, state, report = _step(q, k, v, log_decay, beta, ridge, state.astype(dtype), solver, with_report)
+    out, state, report = _step(q, k, v, log_decay, beta, ridge, state.astype(dtype), solver)
     out = out.astype(out_dtype)
     return (out, state, report) if with_report else (out, state)
 
 
-def _primal(
-    q, k, v, log_decay, beta, ridge, state, solver: SolverConfig, with_report: bool
-) -> tuple[jax.Array, MesaState, SolveReport | None]:
-    return xla.forward(q, k, v, log_decay, beta, ridge, state, solver=solver, with_report=with_report)
+def _primal(q, k, v, log_decay, beta, ridge, state, solver: SolverConfig) -> tuple[jax.Array, MesaState, SolveReport]:
+    return xla.forward(q, k, v, log_decay, beta, ridge, state, config=solver)
 
 
-_step = jax.custom_vjp(_primal, nondiff_argnums=(7, 8))
+_step = jax.custom_vjp(_primal, nondiff_argnums=(7,))
 
 
 def _step_forward(*args):
     return _step(*args), args[:7]
 
 
-def _step_backward(solver, with_report, inputs, cotangents):
+def _step_backward(solver, inputs, cotangents):
     _, pullback = jax.vjp(functools.partial(_as_chunk, solver=solver), *inputs)
     dout, dstate, _ = cotangents
     return pullback((dout, MesaState(*dstate)))

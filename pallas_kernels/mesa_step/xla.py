@@ -3,24 +3,30 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mesa_chunk import algebra
+from pallas_kernels.mesa_chunk import products, solver
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
-from pallas_kernels.mesa_chunk.solver import SolverConfig, conjugate_gradient, relative_residual
+from pallas_kernels.mesa_chunk.solver import SolverConfig
 
 
 def forward(
-    q, k, v, log_decay, beta, ridge, state: MesaState, *, solver: SolverConfig, with_report: bool
-) -> tuple[jax.Array, MesaState, SolveReport | None]:
-    """Returns the output [b, h, v], the new state and, if asked for, the report."""
+    q, k, v, log_decay, beta, ridge, state: MesaState, *, config: SolverConfig
+) -> tuple[jax.Array, MesaState, SolveReport]:
+    """Returns the output [b, h, v], the new state and the report.
+
+    Products are in float32 whatever the configuration, since decoding waits for memory, not for them; and one token has
+    nobody to share a factor with, so that "nested" means what it means in a short chunk.
+    """
     keep = jnp.exp(log_decay)[..., None, None]
     weighted = (beta[..., None] * k)[..., :, None]
     kk = keep * state.kk + weighted * k[..., None, :]
     kv = keep * state.kv + weighted * v[..., None, :]
 
     def apply_matrix(x):
-        return algebra.rows_times(x, kk) + x * ridge
+        return products.times(kk, x) + ridge * x
 
-    found = conjugate_gradient(apply_matrix, q, solver)
-    x = found.solution if solver.max_steps else q
-    report = SolveReport(found.num_steps, relative_residual(apply_matrix, q, x)) if with_report else None
-    return algebra.rows_times(x, kv), MesaState(kk, kv), report
+    ridge, rhs = ridge[..., None], q[..., None]
+    diagonal = None if config.preconditioner == "none" else ridge
+    found = solver.solve(apply_matrix, rhs, (solver.exact_steps(apply_matrix, rhs, diagonal=diagonal),), config)
+    x, residual = (found.solution, found.residual) if config.max_steps else (rhs, rhs - apply_matrix(rhs))
+    report = SolveReport(found.num_steps[..., 0, 0], solver.relative_size(residual, rhs)[..., 0, 0])
+    return products.transposed_times(kv, x)[..., 0], MesaState(kk, kv), report

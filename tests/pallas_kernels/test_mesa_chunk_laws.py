@@ -89,8 +89,8 @@ def test_chunk_length_changes_no_answer(chunk_length):
     @functools.partial(jax.jit, static_argnums=0)
     def run(config, q, k, v, log_decay, beta, ridge, kk, kv):
         arguments = (k, v, log_decay, beta, ridge, MesaState(kk, kv), starts)
-        out, state, x, _ = xla.forward(q, *arguments, solver=CONVERGED, with_report=False, config=config)
-        *grads, before = xla.backward(arguments, x, dout, MesaState(*dstate), solver=CONVERGED, config=config)
+        out, state, x, _, factors = xla.forward(q, *arguments, solver=CONVERGED, config=config)
+        *grads, before = xla.backward(arguments, x, factors, dout, MesaState(*dstate), solver=CONVERGED, config=config)
         return (out, *state), (*grads, *before)
 
     with jax.enable_x64(True):

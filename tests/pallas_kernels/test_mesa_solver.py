@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from tolerances import DENSE_RESIDUAL, LAW, REPORT, STALL, assert_near
+from tolerances import DENSE_RESIDUAL, LAW, assert_near
 
 from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step
+from pallas_kernels.mesa_chunk import products
+from pallas_kernels.mesa_chunk import solver as solvers
 from pallas_kernels.mesa_chunk.cases import EASY, HARD, sample
-from pallas_kernels.mesa_chunk.solver import conjugate_gradient
+from pallas_kernels.mesa_chunk.products import PRECISIONS
+from pallas_kernels.mesa_chunk.solver import PRECONDITIONERS
 
 rng = np.random.default_rng(0)
 
@@ -24,8 +27,12 @@ def systems(num: int, size: int, ridge: float = 0.25):
 
 
 def solve(matrices, rhs, config: SolverConfig):
-    matrices = jnp.asarray(matrices)
-    return conjugate_gradient(lambda x: jnp.einsum("nij,nj->ni", matrices, x, precision="highest"), rhs, config)
+    def apply(x):
+        return products.times(jnp.asarray(matrices), x)
+
+    rhs = rhs[..., None]
+    found = solvers.solve(apply, rhs, (solvers.exact_steps(apply, rhs),), config)
+    return solvers.Solution(*(x[..., 0] for x in found))
 
 
 def test_solution_is_that_of_a_dense_solve():
@@ -73,7 +80,7 @@ def test_a_token_answers_the_same_whoever_is_solved_beside_it():
     """One query of a chunk is replaced by an eigenvector, which is solved in one step: no bit of any other moves."""
     inputs = sample(dataclasses.replace(HARD, length=64, num_heads=1, key_dim=8, value_dim=8))
     arrays = [jnp.float32(x) for x in inputs]
-    run = functools.partial(_run, solver=SolverConfig(tolerance=1e-3), with_report=True)
+    run = functools.partial(_run, solver=SolverConfig(tolerance=1e-3, preconditioner="none"), with_report=True)
     matrix = oracles.mesa(*inputs).matrices[0, 20, 0]
     easy = [arrays[0].at[0, 20, 0].set(np.linalg.eigh(matrix)[1][:, -1]), *arrays[1:]]
     (before, _, report_before), (after, _, report_after) = run(arrays), run(easy)
@@ -88,16 +95,28 @@ def _run(arrays, **choices):
     return mesa_chunk(*arrays[:6], MesaState(*arrays[6:]), **choices)
 
 
+def few_heads(case, length=130):
+    return [
+        jnp.float32(x) for x in sample(dataclasses.replace(case, length=length, num_heads=2, key_dim=24, value_dim=4))
+    ]
+
+
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
-def test_tolerance_is_kept_and_easy_inputs_take_fewer_steps(tolerance):
-    steps = {}
-    for name, case in {"easy": EASY, "hard": HARD}.items():
-        inputs = sample(dataclasses.replace(case, length=130, num_heads=2, key_dim=24, value_dim=4))
-        solver = SolverConfig(max_steps=100, tolerance=tolerance)
-        _, _, report = _run([jnp.float32(x) for x in inputs], solver=solver, with_report=True)
-        assert report.residual.max() <= tolerance + STALL
-        steps[name] = float(report.num_steps.mean())
-    assert steps["easy"] < 0.6 * steps["hard"], steps
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_tolerance_is_kept_on_easy_and_hard_inputs(preconditioner, precision, tolerance):
+    if (preconditioner, precision) == ("none", "bfloat16"):
+        pytest.skip("states rounded to bfloat16 are not positive definite any more; see the test below")
+    config = SolverConfig(max_steps=100, tolerance=tolerance, preconditioner=preconditioner, precision=precision)
+    for case in (EASY, HARD):
+        _, _, report = _run(few_heads(case), solver=config, with_report=True)
+        assert report.residual.max() <= tolerance
+
+
+def test_plain_steps_are_few_on_easy_inputs_and_many_on_hard_ones():
+    config = SolverConfig(max_steps=100, tolerance=1e-4, preconditioner="none")
+    easy, hard = (_run(few_heads(c), solver=config, with_report=True)[2].num_steps.mean() for c in (EASY, HARD))
+    assert easy < 0.6 * hard
 
 
 @pytest.mark.parametrize("max_steps", [0, 1, 5, 30])
@@ -121,4 +140,4 @@ def test_a_step_reports_what_a_sequence_of_one_reports():
     token = (x[:, 0] for x in arrays[:5])
     _, _, report = mesa_step(*token, arrays[5], MesaState(*arrays[6:]), solver=solver, with_report=True)
     np.testing.assert_array_equal(report.num_steps, expected.num_steps[:, 0])
-    assert_near(report.residual, expected.residual[:, 0], REPORT)
+    assert np.max(np.abs(report.residual - expected.residual[:, 0])) <= DENSE_RESIDUAL

@@ -74,20 +74,35 @@ def _is_jaxpr(x) -> bool:
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
+def count(primitive: str, function, arrays) -> int:
+    """Counts a primitive before XLA, which merges equal work on CPUs by itself; every platform has its own."""
+    names = [e.primitive.name for e in equations(jax.make_jaxpr(function)(*arrays).jaxpr)]
+    return names.count(primitive) // 2
+
+
 def num_solves(function, arrays) -> int:
-    """Counts `while`, which the solver alone has: mapped tiles and scanned states are `scan`; once per platform."""
-    found = [e.params for e in equations(jax.make_jaxpr(function)(*arrays).jaxpr) if e.primitive.name == "while"]
-    return len(found) // 2
+    """Only the solver has `while`: rounds and steps, with the factor and without. All other loops are `scan`."""
+    return count("while", function, arrays) // 4
+
+
+def num_factors(function, arrays) -> int:
+    """A factor takes two Cholesky decompositions."""
+    return count("cholesky", function, arrays) // 2
 
 
 def test_a_kept_solution_spares_the_backward_pass_the_forward_solve():
-    """Counted before XLA, which merges the two forward solves on CPUs by itself."""
     arrays = float32(sample(SMALL))
     keep = checkpoint_policies.save_only_these_names("mesa_solution")
     assert num_solves(loss, arrays) == 1
     assert num_solves(jax.value_and_grad(loss), arrays) == 2
     assert num_solves(jax.value_and_grad(jax.checkpoint(loss, policy=keep)), arrays) == 2
     assert num_solves(jax.value_and_grad(jax.checkpoint(loss)), arrays) == 3
+
+
+def test_the_backward_solve_takes_the_factor_of_the_forward_solve():
+    arrays = float32(sample(SMALL))
+    assert num_factors(jax.value_and_grad(loss), arrays) == 1
+    assert num_factors(functools.partial(loss, solver=SolverConfig(preconditioner="none")), arrays) == 0
 
 
 def test_no_array_holds_a_matrix_per_token():

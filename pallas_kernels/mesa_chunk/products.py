@@ -1,0 +1,64 @@
+"""Matrix products at a stated precision, of values that may sit in a kernel.
+
+The matrix units of accelerators multiply bfloat16. float32 costs them six passes; three passes over the two leading
+parts of each operand keep 16 bits, one pass keeps 8. The first operand is split by `split`, once for all its products.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PRECISIONS = ("float32", "bfloat16_3x", "bfloat16")
+
+Parts = tuple[jax.Array, ...]
+"""A matrix at some precision: itself, or its leading bfloat16 parts."""
+
+
+def split(x: jax.Array, precision: str) -> Parts:
+    """Returns the parts of x [..., n, m] that products at this precision use; float64 stays whole."""
+    if precision == "float32" or x.dtype == jnp.float64:
+        return (x,)
+    if precision == "bfloat16":
+        return (x.astype(jnp.bfloat16),)
+    # rounded bit by bit: compilers may take a cast there and back for nothing at all, and then nothing is left over
+    bits = (lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def times_parts(x: Parts, y: jax.Array) -> jax.Array:
+    """Returns x y [..., n, m] for x [..., n, k] and y [..., k, m], at the precision of x."""
+    if x[0].dtype == y.dtype:
+        return times(x[0], y)
+    y_parts = split(y, "bfloat16" if len(x) == 1 else "bfloat16_3x")
+    # small terms first; the product of the two low parts is below what three passes keep
+    terms = [_multiply(a, b, -1, -2) for i, a in enumerate(x) for j, b in enumerate(y_parts) if i + j < len(x)]
+    return sum(reversed(terms[:-1]), terms[-1])
+
+
+def times(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x y [..., n, m] for x [..., n, k] and y [..., k, m], in full precision."""
+    return _multiply(x, y, -1, -2)
+
+
+def times_transposed(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x y' [..., n, m] for x [..., n, k] and y [..., m, k], in full precision."""
+    return _multiply(x, y, -1, -1)
+
+
+def transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x' y [..., n, m] for x [..., k, n] and y [..., k, m], in full precision."""
+    return _multiply(x, y, -2, -2)
+
+
+def transpose(x: jax.Array) -> jax.Array:
+    """Returns x' [..., m, n] for x [..., n, m]."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _multiply(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    batch = tuple(range(x.ndim - 2))
+    dimensions = (((x.ndim + x_axis,), (y.ndim + y_axis,)), (batch, batch))
+    whole = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    return lax.dot_general(x, y, dimensions, precision=whole, preferred_element_type=wide)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test check bench notebooks clean
+.PHONY: setup demo test check bench lower notebooks clean
 
 setup: $(VENV)/installed
 
@@ -27,6 +27,10 @@ check: setup  ## style and types
 bench: setup  ## speed and memory as ratios, against PyTorch in the same run
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	$(RUN) -m experiments.bench
+
+lower: setup  ## what the TPU compiler says each kernel costs, beside the last commit's record
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tpu]"
+	$(RUN) -m experiments.lower
 
 notebooks: setup  ## write the .ipynb of every notebook source anew
 	$(VENV)/bin/jupytext --to ipynb experiments/notebooks/*.py

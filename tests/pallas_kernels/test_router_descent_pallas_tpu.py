@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import importlib.util
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ahead_of_time import CHIPS, compile_for, needs_libtpu
 from descents import arrays, descend, rounded
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import DESCENT, assert_near
 
@@ -31,7 +30,6 @@ CONFIGS = {
     "turns": TpuConfig(at_once_bytes=8 * 1024),  # two neighbours at once, five of them
     "streamed": TpuConfig(resident_bytes=1, chunk_bytes=90_000, at_once_bytes=1),  # three chunks of two turns of one
 }
-GENERATIONS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 def two_tiles(**changes) -> Inputs:
@@ -139,17 +137,12 @@ def test_a_plan_holds_all_neighbors_with_little_padding_and_within_the_memory_it
     assert (plan.chunks == 1) == (m * one <= config.resident_bytes)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
-@pytest.mark.parametrize("generation", GENERATIONS)
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("tile", "dtype"), [*((tile, "float32") for tile in TILES), (TILES[0], "bfloat16")], ids=str)
-def test_every_tile_compiles_for_every_generation(tile, dtype, generation, monkeypatch):
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no such machine to ask for what it is
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
+def test_every_tile_compiles_for_every_generation(tile, dtype, chip):
     (m, e, y), b = tile, 300
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[generation])
-    there = jax.sharding.SingleDeviceSharding(topology.devices[0])
     shapes = Inputs((b, e), (b, m, e, y), (b, m, y), (b, m), (b, m), (10,))
     kinds = Inputs("float32", dtype, "float32", "int32", "float32", "float32")
-    described = (jax.ShapeDtypeStruct(*x, sharding=there) for x in zip(shapes, kinds, strict=True))
     operator = functools.partial(router_descent, groups=(3, e - 3), optimizer="adam", prox=0.1)
-    assert "tpu_custom_call" in jax.jit(operator).lower(*described).compile().as_text()
+    assert "tpu_custom_call" in compile_for(chip, operator, *map(jax.ShapeDtypeStruct, shapes, kinds))

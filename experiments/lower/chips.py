@@ -1,0 +1,31 @@
+"""TPU generations as targets of compilation; libtpu holds their compiler and needs no device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}  # smallest topologies
+
+# read once, when libtpu is loaded
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # no machine in a data centre to ask for what it is
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: the target is named when compiling
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes, and nothing to share but a compiler
+}
+
+
+def compile_for(chip: str, function: Callable, *arguments: Any) -> jax.stages.Compiled:
+    """Compiles a function for one core of a chip that is not here; ENVIRONMENT must be set.
+
+    Args:
+      chip: one of CHIPS.
+      function: what to jit.
+      arguments: trees of jax.ShapeDtypeStruct.
+    """
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    core = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=core), arguments)
+    return jax.jit(function).lower(*placed).compile()

@@ -1,0 +1,41 @@
+"""Compiles one row for one chip: python -m experiments.lower.compiler NAME CASE CHIP STEPS FILE.
+
+In a process of its own, because libtpu reads its flags once and its estimates can abort. What becomes of it is written
+to FILE: {"code_bytes": ...}, or {"refused": why}; nothing if the process dies.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import jax
+
+from experiments.lower.chips import compile_for
+from experiments.lower.kernels import KERNELS
+
+
+def main(name: str, case: str, chip: str, steps: str, file: str) -> None:
+    """Compiles and reports."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected, gigabytes of core are not
+    jax.config.update("jax_enable_compilation_cache", False)  # what is not compiled is not dumped
+    (kernel,) = (kernel for kernel in KERNELS if (kernel.name, kernel.case) == (name, case))
+    try:
+        function, arguments = kernel.build(int(steps))
+        compiled = compile_for(chip, function, *arguments)
+        report = _report(compiled, name)
+    except Exception as error:  # whatever the kernel, Mosaic or XLA raises is the answer
+        report = {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
+    Path(file).write_text(json.dumps(report))
+
+
+def _report(compiled: jax.stages.Compiled, name: str) -> dict:
+    if f"%{name}" not in (compiled.as_text() or ""):
+        return {"refused": f"the program has no kernel named {name}"}
+    analysis = compiled.memory_analysis()
+    assert analysis is not None  # TPUs have one
+    return {"code_bytes": analysis.generated_code_size_in_bytes}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,124 @@
+"""Compilations in child processes: what an abort leaves behind, and one real row where libtpu is installed."""
+
+import dataclasses
+import importlib.util
+import sys
+
+import pytest
+from test_lower_dumps import BUNDLES, UTILIZATION, VMEM_REPORT
+
+from experiments.lower import measure
+from experiments.lower.kernels import KERNELS, Kernel
+
+FAKE = Kernel(name="descent", case="5m", build=lambda steps: 1 / 0, steps=(5, 10), per=10, per_name="input")
+ABORT = "print('F1122 05:22:24.33 18699 llo.cc:1] profiling failed: DMA 10', file=sys.stderr); os.abort()"
+
+
+PREAMBLE = f"""
+import json, os, pathlib, resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+steps, report = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+folder, estimate = report.parent, "llo_profile" in os.environ["LIBTPU_INIT_ARGS"]
+def write(name, text):
+    (folder / name).write_text(text)
+def cycles(number, chip=""):
+    write(f"descent.1{{chip}}_static_llo_profile.textproto", f"estimated_cycles: {{number}}")
+write("17-descent.1-00-final_hlo-static-per-bundle-utilization.txt", {UTILIZATION!r})
+write("17-descent.1-01-schedule-analysis_final_bundles.txt", "")
+write("17-descent.1-02-final_bundles.txt", {BUNDLES!r})
+write("16-descent_fusion-02-final_bundles.txt", "another kernel")
+done = json.dumps(dict(code_bytes=2048))
+"""
+REST = f"write('16-TLP-03-vmem_report.html', {VMEM_REPORT!r}); report.write_text(done)\n"
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """Puts lines of Python in the place of the compiler; they know folder, report, steps, cycles(n) and estimate."""
+
+    def put(lines: str) -> None:
+        monkeypatch.setattr(
+            measure, "command", lambda *row: [sys.executable, "-c", PREAMBLE + lines, *map(str, row[2:])]
+        )
+
+    return put
+
+
+def test_a_step_costs_the_difference_of_two_compilations(child):
+    child("cycles(100 + 30 * steps)\n" + REST)
+    cost = measure.measure(FAKE, "v5e")
+    assert (cost.kernel, cost.case, cost.chip, cost.per) == ("descent", "5m", "v5e", "input")
+    assert (cost.cycles, cost.step, cost.once) == (400, 3.0, 10.0)
+    assert (cost.bundles, cost.loop_bundles, cost.vmem_bytes, cost.code_bytes) == (7, 3, 5129216, 2048)
+    assert cost.refused is None and cost.no_estimate is None
+
+
+def test_one_number_of_steps_gives_the_cycles_of_the_call(child):
+    child("cycles(100 + 30 * steps)\n" + REST)
+    cost = measure.measure(dataclasses.replace(FAKE, steps=(1,)), "v5e")
+    assert (cost.cycles, cost.step, cost.once) == (130, None, 13.0)
+
+
+@pytest.mark.parametrize("chip", ["_TPU v6 lite", "_TPU7x"])
+def test_newer_compilers_write_the_chip_into_the_name_of_the_file(child, chip):
+    child(f"cycles(30 * steps, {chip!r})\n" + REST)
+    assert measure.measure(FAKE, "v5e").cycles == 300
+
+
+def test_an_abort_of_the_estimate_costs_only_the_estimate(child):
+    child(f"if estimate:\n    {ABORT}\n" + REST)
+    cost = measure.measure(FAKE, "v5e")
+    assert cost.no_estimate == "profiling failed: DMA 10" and cost.refused is None
+    assert (cost.cycles, cost.bundles, cost.vmem_bytes) == (None, 7, 5129216)
+
+
+def test_an_estimate_that_was_written_before_the_abort_counts(child):
+    child(f"if estimate:\n    cycles(30 * steps)\n    {ABORT}\n" + REST)
+    cost = measure.measure(FAKE, "v5e")
+    assert (cost.cycles, cost.step, cost.no_estimate, cost.vmem_bytes) == (300, 3.0, None, 5129216)
+
+
+def test_a_compiler_that_aborts_in_any_case_does_not_compile(child):
+    child("os.abort()")
+    cost = measure.measure(FAKE, "v5e")
+    assert cost.refused == "ended by SIGABRT" and cost.cycles is None and cost.bundles is None
+
+
+def test_what_the_compiler_refuses_is_said_in_its_words(child):
+    child("report.write_text(json.dumps(dict(refused='out of memory')))")
+    assert measure.measure(FAKE, "v5e").refused == "out of memory"
+
+
+@pytest.mark.parametrize(("cycles", "why"), [("0", "libtpu has none"), ("70", "steps cost nothing")])
+def test_an_estimate_that_means_nothing_is_none(child, cycles, why):
+    child(f"cycles({cycles})\n" + REST)
+    cost = measure.measure(FAKE, "v5e")
+    assert cost.no_estimate.startswith(why) and (cost.cycles, cost.step, cost.once) == (None, None, None)
+
+
+def test_a_compilation_that_takes_too_long_is_ended(child, monkeypatch):
+    monkeypatch.setattr(measure, "LIMIT", 0.5)
+    child("import time; time.sleep(60)")
+    assert measure.measure(FAKE, "v5e").refused == "took more than 0.5 seconds"
+
+
+def test_a_program_that_python_ends_says_its_last_line(child):
+    child("raise SystemExit('no such row')")
+    assert measure.measure(FAKE, "v5e").refused == "no such row"
+
+
+def test_rows_are_told_apart_by_kernel_and_case_and_are_divided_by_something():
+    assert len({(kernel.name, kernel.case) for kernel in KERNELS}) == len(KERNELS)
+    for kernel in KERNELS:
+        assert kernel.per > 0 and kernel.chips and tuple(sorted(set(kernel.steps))) == kernel.steps
+        function, arguments = kernel.build(kernel.steps[0])
+        assert callable(function) and arguments
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+def test_a_real_row_has_everything():
+    cost = measure.measure(KERNELS[0], "v6e")
+    assert cost.refused is None and cost.no_estimate is None
+    assert 1 < cost.step < 4 and cost.once > 1, "about 300 cycles a step for a tile of 128 inputs"
+    assert 0 < cost.loop_bundles < cost.bundles and cost.mxu == 0 and cost.vpu > 0.5, "it runs on the vector unit"
+    assert cost.vmem_bytes > 128 * 4 * 5 * 6 * 21 and cost.code_bytes > 0

@@ -1,0 +1,35 @@
+"""Rung 5: compiles for accelerators that are not here, and lowers for those whose compiler is not here either."""
+
+import importlib.util
+import warnings
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from experiments.lower import chips
+from experiments.lower.chips import CHIPS
+
+__all__ = ["CHIPS", "compile_for", "lower_for_cuda", "needs_libtpu"]
+
+GPUS = {"8.0": "NVIDIA A100-SXM4-80GB", "9.0": "NVIDIA H100 80GB HBM3"}  # by compute capability
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+
+def compile_for(chip: str, function, *arguments) -> str:
+    """Compiles for one core of a chip of CHIPS; returns the program. Arguments are trees of jax.ShapeDtypeStruct."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in chips.ENVIRONMENT.items():
+            patch.setenv(name, value)
+        return chips.compile_for(chip, function, *arguments).as_text()
+
+
+def lower_for_cuda(function, *arguments, compute_capability: str) -> str:
+    """Lowers for a GPU of GPUS; returns the program. jax 0.10 takes every GPU that is not here for an H100."""
+    gpu = AbstractDevice(device_kind=GPUS[compute_capability], num_cores=None, platform="gpu")
+    with warnings.catch_warnings(), use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # from 0.11
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -8,12 +8,12 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def resolve(operator: str, implementation: str | None, available: tuple[str, ...]) -> str:
-    """Returns the implementation to run: the named one, or the fastest available where None was asked for.
+    """Returns the implementation to run: the named one, or the default where None was asked for.
 
     Args:
       operator: name of the public function, for messages.
       implementation: one of IMPLEMENTATIONS, or None.
-      available: what this operator has, slowest first.
+      available: what this operator has; the last one is the default.
 
     Raises:
       ValueError: the name is not an implementation at all.

@@ -3,10 +3,13 @@
 The tests spend their time in the compiler, so what was compiled once in a session is not compiled again.
 """
 
+import os
 import tempfile
 
 import hypothesis
 import jax
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers: there are as many as cores already
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)

@@ -50,7 +50,7 @@ def is_worth_it(decays: Decays) -> jax.Array:
     return jnp.min(kept, axis=-1, keepdims=True) >= jnp.log(LEAST_KEPT)
 
 
-def factor(tile: Tile, factorise: Factorise) -> Factor:
+def make_factor(tile: Tile, factorise: Factorise) -> Factor:
     """Factors the frozen systems of a tile; what is not finite or not worth it is marked, and holds zeros."""
     decays, ridge = tile.decays, jnp.exp(_log_ridge(tile.decays)) * tile.ridge
     inverse = factorise.invert(_state_weight(decays) * tile.kk + _diagonal(ridge[..., :1]))
@@ -70,20 +70,28 @@ def no_factor(tile: Tile) -> Factor:
     return Factor(jnp.zeros_like(tile.kk), jnp.zeros_like(tile.k), jnp.zeros_like(tile.decays.through, dtype=bool))
 
 
-def solve_tile(rhs: jax.Array, tile: Tile, found: Factor | None, config: SolverConfig) -> Solution:
-    """Solves (H_t + Lambda) x_t = rhs_t [k, c] for every token of the chunk.
+def solve_tile(rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig) -> Solution:
+    """Solves (H_t + Lambda) x_t = rhs_t [k, c] for every token of the chunk."""
+    problem, methods, scale = pose_tile(rhs, tile, factor, config)
+    found = solver.solve(problem, methods)
+    return Solution(found.solution * scale, found.residual * scale, found.num_steps)
 
-    With the factor where there is a usable one, and what is left with steps on the matrix itself: where little is
-    remembered the ridge is most of it.
+
+def pose_tile(
+    rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig
+) -> tuple[solver.Problem, tuple[Method, ...], jax.Array]:
+    """Returns the problem of a tile, the methods to solve it with in this order, and the scale [1, c] of its solutions.
+
+    The factor where there is a usable one, and for what is left steps on the matrix itself: where little is remembered
+    the ridge is most of it.
     """
+    problem, scale = solver.pose(matrix(tile), rhs, config)
     diagonal = None if config.preconditioner == "none" else tile.ridge
-    methods = [solver.exact_steps(matrix(tile, config.precision), rhs, config.precision, diagonal)]
-    if found is not None:
-        methods.insert(0, _nested(tile, found, config.precision))
-    return solver.solve(matrix(tile), rhs, tuple(methods), config)
+    exact = solver.exact_steps(matrix(tile, config.precision), rhs, config.precision, diagonal)
+    return problem, (exact,) if factor is None else (_nested(tile, factor, config.precision), exact), scale
 
 
-def _nested(tile: Tile, found: Factor, precision: str) -> Method:
+def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
     """Steps that need the factor only: A_t is M_t and a multiple of the ridge, and M_t times a direction is known.
 
     The direction is added up of preconditioned residuals M_t^-1 r, so M_t times it is the same sum of residuals.
@@ -91,17 +99,21 @@ def _nested(tile: Tile, found: Factor, precision: str) -> Method:
     decays, first = tile.decays, _in_first(tile.decays)
     ahead, ridge = jnp.exp(decays.log_ahead), jnp.exp(_log_ridge(decays)) * tile.ridge
     shift = ahead * tile.ridge - ridge
-    inverse, rows, columns = (split(x, precision) for x in (found.inverse, found.rows, transpose(found.rows)))
+    inverse, rows, columns = (split(x, precision) for x in (factor.inverse, factor.rows, transpose(factor.rows)))
+    # what every step would compute anew: one of the two is 0 for every token
+    dense, diagonal = jnp.where(first, 1.0, 0.0), jnp.where(first, 0.0, 1 / ridge)
+    visible = jnp.where(decays.visible, 1.0, 0.0)
 
     def search(r):
-        taken = jnp.where(decays.visible, times_parts(rows, r), 0)
-        return jnp.where(first, times_parts(inverse, r), r / ridge) - times_parts(columns, taken), r
+        taken = times_parts(rows, r) * visible
+        return dense * times_parts(inverse, r) + diagonal * r - times_parts(columns, taken), r
 
     return Method(
         search=search,
         image=lambda direction, frozen: frozen + shift * direction,
-        wanted=found.usable & jnp.ones_like(first),
+        wanted=factor.usable & jnp.ones_like(first),
         scale=ahead,
+        num_directions=2,
         reduction=solver.reduction(precision, tile.k.dtype),
     )
 

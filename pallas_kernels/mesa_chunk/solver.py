@@ -84,6 +84,7 @@ class Method(NamedTuple):
       scale: [1, c] factor of each token's equation, > 0.
       reduction: how far a round of steps may reduce the residual before it is computed anew; what the recurrence says
         below that is rounding.
+      num_directions: how many arrays `search` returns.
     """
 
     search: Callable[[jax.Array], tuple[jax.Array, ...]]
@@ -91,6 +92,7 @@ class Method(NamedTuple):
     wanted: jax.Array
     scale: jax.Array
     reduction: float
+    num_directions: int = 1
 
 
 def reduction(precision: str, dtype) -> float:
@@ -103,38 +105,34 @@ def exact_steps(
 ) -> Method:
     """Conjugate gradient on the matrix itself, for all tokens; `apply_matrix` computes in that precision.
 
-    Preconditioned by a diagonal [k, 1], if one is given. In full precision it begins anew only where it must: a new
-    start loses what the directions know of each other.
+    Preconditioned by a diagonal [k, 1], if one is given. In full precision it begins anew only where the recurrence has
+    reached rounding: a new start loses what the directions know of each other.
     """
     ones = jnp.ones_like(rhs[..., :1, :])
+    weights = None if diagonal is None else 1 / diagonal
     exact = precision == "float32" or rhs.dtype == jnp.float64
     return Method(
-        search=lambda r: (r if diagonal is None else r / diagonal,),
+        search=lambda r: (r if weights is None else weights * r,),
         image=apply_matrix,
         wanted=ones > 0,
         scale=ones,
-        reduction=0.0 if exact else reduction(precision, rhs.dtype),
+        reduction=float(jnp.finfo(rhs.dtype).eps) if exact else reduction(precision, rhs.dtype),
     )
 
 
-def solve(
-    apply_matrix: Callable[[jax.Array], jax.Array], rhs: jax.Array, methods: tuple[Method, ...], config: SolverConfig
-) -> Solution:
+def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
     """Solves A x = rhs for symmetric positive definite A from x = 0.
 
     Rounds of conjugate-gradient steps, with the residual computed anew after each: the steps may be taken in low
     precision or on a recurrence that drifts, and what is reported is true all the same. Nothing is absolute: right-hand
-    sides are scaled to unit size first and every division is guarded instead of shifted by an epsilon, so gradients of
-    size 1e-20 are solved as well as those of size 1. A token that has reached its tolerance is frozen; its answer
-    depends on no other token. A loop ends when all its tokens have. What one method leaves unsolved, the next takes up.
+    sides are of unit size and every division is guarded instead of shifted by an epsilon, so gradients of size 1e-20
+    are solved as well as those of size 1. A token that has reached its tolerance is frozen; its answer depends on no
+    other token. A loop ends when all its tokens have. What one method leaves unsolved, the next takes up.
 
     Args:
-      apply_matrix: maps [k, c] to A x, token by token.
-      rhs: [k, c], of the dtype to compute in.
+      problem: from `pose`.
       methods: what to iterate with, in this order.
-      config: when to stop.
     """
-    problem, scale = pose(apply_matrix, rhs, config)
     found = nothing_found(problem)
     for method in methods:
 
@@ -148,7 +146,7 @@ def solve(
 
         rounds = first_round(problem, method, found)
         found = jax.lax.while_loop(lambda rounds: jnp.any(rounds.wanted), take_round, rounds).found
-    return Solution(found.solution * scale, found.residual * scale, found.num_steps)
+    return found
 
 
 class Problem(NamedTuple):
@@ -208,8 +206,14 @@ def first_step(method: Method, rounds: Rounds) -> Steps:
     """Returns where tokens stand at the beginning of a round."""
     residual = rounds.found.residual * method.scale
     zero = jnp.zeros_like(residual)
-    nowhere = tuple(zero for _ in jax.eval_shape(method.search, residual))
-    return Steps(zero, residual, nowhere, rounds.size, jnp.zeros_like(rounds.size), rounds.found.num_steps)
+    return Steps(
+        zero,
+        residual,
+        (zero,) * method.num_directions,
+        rounds.size,
+        jnp.zeros_like(rounds.size),
+        rounds.found.num_steps,
+    )
 
 
 def is_going(problem: Problem, method: Method, rounds: Rounds, steps: Steps) -> jax.Array:

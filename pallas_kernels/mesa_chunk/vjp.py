@@ -1,16 +1,16 @@
-"""One custom derivative above all implementations: the implicit gradient of the solve (README.md, section 3)."""
+"""One custom derivative above all implementations: the implicit gradient of the solve (README.md, section 4)."""
 
 from typing import NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.mesa_chunk import xla
+from pallas_kernels.mesa_chunk import pallas_tpu, xla
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 
-BACK_ENDS = {"xla": xla}
+BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
 
 
 class Residuals(NamedTuple):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.mesa_chunk import algebra, nested, products
+from pallas_kernels.mesa_chunk.chunks import even_length, scan_states, to_chunks, to_columns, to_rows, to_sequence
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
 from pallas_kernels.mesa_chunk.solver import SolverConfig, relative_size
-from pallas_kernels.tiling import pad_axis, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def forward(
     q, k, v, log_decay, beta, ridge, state, starts, *, solver: SolverConfig, config=XlaConfig()
 ) -> tuple[jax.Array, MesaState, jax.Array, SolveReport, Factor | None]:
     """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k], their report, the tiles' factors."""
-    length = q.shape[1]
+    length, c = q.shape[1], even_length(q.shape[1], config.chunk_length)
     tiles, final = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
 
     def solve_and_read(inputs):
@@ -43,13 +43,13 @@ def forward(
         if not solver.max_steps:
             report = jnp.zeros(tile.decays.into.shape, jnp.int32), relative_size(q - algebra.matrix(tile)(q), q)
             return algebra.read_out(q, tile), q, report, None
-        factor = _factor(tile, solver)
+        factor = factor_tile(tile, solver)
         found = nested.solve_tile(q, tile, factor, solver)
         report = found.num_steps, relative_size(found.residual, q)
         return algebra.read_out(found.solution, tile), found.solution, report, factor
 
-    out, x, report, factors = _map_tiles(solve_and_read, (_to_columns(q, config), tiles))
-    out, x, (num_steps, residual) = jax.tree.map(lambda y: _to_sequence(y, length), (out, x, report))
+    out, x, report, factors = _map_tiles(solve_and_read, (to_columns(q, c), tiles))
+    out, x, (num_steps, residual) = jax.tree.map(lambda y: to_sequence(y, length), (out, x, report))
     return out, final, x, SolveReport(num_steps[..., 0], residual[..., 0]), factors
 
 
@@ -71,9 +71,9 @@ def backward(
       factors: its factors, if it had any.
       dout, dstate: cotangents of the outputs [b, t, h, v] and of the final state.
     """
-    length = x.shape[1]
+    length, c = x.shape[1], even_length(x.shape[1], config.chunk_length)
     tiles, _ = _tiles(*inputs, config=config)
-    x, dout = _to_columns(x, config), _to_columns(dout, config)
+    x, dout = to_columns(x, c), to_columns(dout, c)
 
     def solve_adjoint(inputs):
         x, dout, tile, factor = inputs
@@ -83,19 +83,19 @@ def backward(
         return dq, adjoint, algebra.added_cotangents(x, adjoint.solution, dout, tile.decays)
 
     dq, adjoint, added = _map_tiles(solve_adjoint, (x, dout, tiles, factors))
-    after, dstate = _scan_states(MesaState(*added), tiles.decays.through, dstate, reverse=True)
+    after, dstate = scan_states(MesaState(*added), tiles.decays.through, dstate, reverse=True)
     arrays = (x, adjoint.solution, adjoint.residual, dout, tiles, *after)
     grads = _map_tiles(lambda arrays: algebra.cotangents(*arrays), arrays)
     sequences = dq, grads.k, grads.v, grads.log_decay, grads.beta
-    dq, dk, dv, dlog_decay, dbeta = (_to_sequence(g, length) for g in sequences)
+    dq, dk, dv, dlog_decay, dbeta = (to_sequence(g, length) for g in sequences)
     return dq, dk, dv, dlog_decay[..., 0], dbeta[..., 0], jnp.sum(grads.ridge, axis=(0, 1))[..., 0], dstate
 
 
-def _factor(tile: algebra.Tile, solver: SolverConfig) -> Factor | None:
+def factor_tile(tile: algebra.Tile, solver: SolverConfig) -> Factor | None:
     """Factors a tile where that is worth it; None if the solver does not use factors at all."""
     if solver.preconditioner == "none" or not nested.serves(*tile.k.shape[-2:]):
         return None
-    make = functools.partial(nested.factor, factorise=nested.Factorise(_invert, _whiten))
+    make = functools.partial(nested.make_factor, factorise=nested.Factorise(_invert, _whiten))
     return jax.lax.cond(jnp.any(nested.is_worth_it(tile.decays)), make, nested.no_factor, tile)
 
 
@@ -113,9 +113,10 @@ def _whiten(matrix: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _tiles(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaConfig) -> tuple[algebra.Tile, MesaState]:
     """Cuts the sequences into tiles, [n, b, h, ...] each, and carries the state through; also returns the final one."""
+    c = even_length(k.shape[1], config.chunk_length)
     starts = jnp.broadcast_to(starts[..., None], log_decay.shape)
-    k, v = (_to_chunks(x, config) for x in (k, v))
-    beta, *gates = (_to_chunks(x, config)[..., None, :] for x in (beta, log_decay, starts))
+    k, v = to_chunks(k, c), to_chunks(v, c)
+    beta, *gates = (to_rows(x, c) for x in (beta, log_decay, starts))
 
     def accumulate(inputs):
         k, v, beta, gates = inputs
@@ -123,22 +124,9 @@ def _tiles(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaCo
         return decays, algebra.added_states(k, v, beta, decays)
 
     decays, added = _map_tiles(accumulate, (k, v, beta, gates))
-    before, final = _scan_states(MesaState(*added), decays.through, state)
+    before, final = scan_states(MesaState(*added), decays.through, state)
     ridge = jnp.broadcast_to(ridge[..., None], (*k.shape[:3], ridge.shape[-1], 1))
     return algebra.Tile(k, v, beta, decays, before.kk, before.kv, ridge), final
-
-
-def _scan_states(
-    added: MesaState, through: jax.Array, state: MesaState, reverse: bool = False
-) -> tuple[MesaState, MesaState]:
-    """Runs state <- through * state + added over chunks; returns the states each chunk starts from, and the last."""
-
-    def chunk(state, inputs):
-        through, added = inputs
-        return jax.tree.map(lambda s, a: through * s + a, state, added), state
-
-    final, before = jax.lax.scan(chunk, state, (through, added), reverse=reverse)
-    return before, final
 
 
 def _map_tiles(function, tiles):
@@ -150,23 +138,3 @@ def _map_tiles(function, tiles):
         return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
 
     return dispatch.by_platform(tiles, cpu=one_by_one, accelerator=function)
-
-
-def _to_chunks(x: jax.Array, config: XlaConfig) -> jax.Array:
-    """[b, t, h, ...] -> [n, b, h, c, ...]; chunks share the tokens evenly, so that padding stays below n tokens."""
-    length = x.shape[1]
-    num_chunks = -(-length // config.chunk_length)
-    x = pad_axis(x, 1, round_up(length, num_chunks))
-    x = x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:])
-    return jnp.moveaxis(x, (1, 3), (0, 2))
-
-
-def _to_columns(x: jax.Array, config: XlaConfig) -> jax.Array:
-    """[b, t, h, k] -> [n, b, h, k, c]."""
-    return products.transpose(_to_chunks(x, config))
-
-
-def _to_sequence(x: jax.Array, length: int) -> jax.Array:
-    """[n, b, h, k, c] -> [b, t, h, k], dropping the padding."""
-    x = jnp.moveaxis(x, (0, 2, 4), (1, 3, 2))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -26,7 +26,11 @@ def forward(
 
     ridge, rhs = ridge[..., None], q[..., None]
     diagonal = None if config.preconditioner == "none" else ridge
-    found = solver.solve(apply_matrix, rhs, (solver.exact_steps(apply_matrix, rhs, diagonal=diagonal),), config)
-    x, residual = (found.solution, found.residual) if config.max_steps else (rhs, rhs - apply_matrix(rhs))
+    problem, scale = solver.pose(apply_matrix, rhs, config)
+    found = solver.solve(problem, (solver.exact_steps(apply_matrix, rhs, diagonal=diagonal),))
+    if config.max_steps:
+        x, residual = found.solution * scale, found.residual * scale
+    else:
+        x, residual = rhs, rhs - apply_matrix(rhs)
     report = SolveReport(found.num_steps[..., 0, 0], solver.relative_size(residual, rhs)[..., 0, 0])
     return products.transposed_times(kv, x)[..., 0], MesaState(kk, kv), report

@@ -31,8 +31,9 @@ def solve(matrices, rhs, config: SolverConfig):
         return products.times(jnp.asarray(matrices), x)
 
     rhs = rhs[..., None]
-    found = solvers.solve(apply, rhs, (solvers.exact_steps(apply, rhs),), config)
-    return solvers.Solution(*(x[..., 0] for x in found))
+    problem, scale = solvers.pose(apply, rhs, config)
+    found = solvers.solve(problem, (solvers.exact_steps(apply, rhs),))
+    return solvers.Solution((found.solution * scale)[..., 0], (found.residual * scale)[..., 0], found.num_steps[..., 0])
 
 
 def test_solution_is_that_of_a_dense_solve():

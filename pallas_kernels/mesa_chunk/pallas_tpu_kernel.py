@@ -1,0 +1,242 @@
+"""Kernel bodies: references are loaded, the pure functions of the other files do the arithmetic, results are stored.
+
+A program holds a few tiles and takes their solver steps side by side: one tile alone waits for its own sums and
+products most of the time. What lasts from step to step is in scratch memory, [g, k, c] for g tiles.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import while_loop
+
+from pallas_kernels.mesa_chunk import algebra, nested, solver
+from pallas_kernels.mesa_chunk.nested import Factor
+from pallas_kernels.mesa_chunk.solver import Method, Problem, Rounds, Solution, SolverConfig, Steps
+
+
+class TileArrays(NamedTuple):
+    """A tile as it lies in memory, without its decays: they are cheaper to compute than to fetch."""
+
+    k: jax.Array  # [c, k]
+    v: jax.Array  # [c, v]
+    beta: jax.Array  # [1, c]
+    log_decay: jax.Array  # [1, c]
+    starts: jax.Array  # [1, c] int32
+    kk: jax.Array  # [k, k]
+    kv: jax.Array  # [k, v]
+    ridge: jax.Array  # [k, 1]
+
+    def tile(self) -> algebra.Tile:
+        """Returns the tile with its decays."""
+        decays = algebra.cumulative_decays(self.log_decay, self.starts)
+        return algebra.Tile(self.k, self.v, self.beta, decays, self.kk, self.kv, self.ridge)
+
+
+class Memory(NamedTuple):
+    """Scratch memory of a solve, [g, k, c] each."""
+
+    solution: jax.Ref
+    residual: jax.Ref
+    step_solution: jax.Ref
+    step_residual: jax.Ref
+    direction: jax.Ref
+    image: jax.Ref
+
+
+class ForwardResults(NamedTuple):
+    """What the forward kernel stores of a tile."""
+
+    out: jax.Array  # [v, c]
+    solution: jax.Array  # [k, c]
+    num_steps: jax.Array  # [1, c] float32, as all results are
+    residual: jax.Array  # [1, c]
+
+
+class AdjointResults(NamedTuple):
+    """What the adjoint kernel stores of a tile."""
+
+    solution: jax.Array  # [k, c]
+    residual: jax.Array  # [k, c]
+    dkk: jax.Array  # [k, k], added to the cotangent of the state before the chunk
+    dkv: jax.Array  # [k, v]
+
+
+def forward(
+    q,
+    arrays: TileArrays,
+    factor: Factor | None,
+    results: ForwardResults,
+    memory: Memory,
+    *,
+    config: SolverConfig,
+    steps_per_look: int,
+) -> None:
+    """Solves and reads out; all arguments are references to blocks [g, ...], q [k, c] of a tile."""
+    tiles = [a.tile() for a in _load(arrays)]
+    rhs = _load(q)
+    report = _solve(rhs, tiles, _factors(factor, len(tiles)), memory, config, steps_per_look)
+    for i, tile in enumerate(tiles):
+        if config.max_steps:
+            x, residual = memory.solution[i] * report[i].scale, memory.residual[i] * report[i].scale
+        else:
+            x, residual = rhs[i], rhs[i] - algebra.matrix(tile)(rhs[i])
+        results.solution[i] = x
+        results.out[i] = algebra.read_out(x, tile)
+        results.num_steps[i] = report[i].num_steps.astype(jnp.float32)
+        results.residual[i] = solver.relative_size(residual, rhs[i])
+
+
+def adjoint(
+    x,
+    dout,
+    arrays: TileArrays,
+    factor: Factor | None,
+    results: AdjointResults,
+    memory: Memory,
+    *,
+    config: SolverConfig,
+    steps_per_look: int,
+) -> None:
+    """Solves backward; all arguments are references to blocks [g, ...], x [k, c] and dout [v, c] of a tile."""
+    tiles = [a.tile() for a in _load(arrays)]
+    rhs = [algebra.adjoint_rhs(d, tile) for d, tile in zip(_load(dout), tiles, strict=True)]
+    report = _solve(rhs, tiles, _factors(factor, len(tiles)), memory, config, steps_per_look)
+    for i, tile in enumerate(tiles):
+        y = memory.solution[i] * report[i].scale
+        results.solution[i] = y
+        results.residual[i] = memory.residual[i] * report[i].scale
+        results.dkk[i], results.dkv[i] = algebra.added_cotangents(x[i], y, dout[i], tile.decays)
+
+
+def cotangents(x, y, residual, dout, arrays: TileArrays, dkk, dkv, results: algebra.Cotangents) -> None:
+    """Gradients of the tiles; all arguments are references to blocks [g, ...]."""
+    for i, a in enumerate(_load(arrays)):
+        found = algebra.cotangents(x[i], y[i], residual[i], dout[i], a.tile(), dkk[i], dkv[i])
+        for ref, value in zip(results, found, strict=True):
+            ref[i] = value
+
+
+class _Solved(NamedTuple):
+    scale: jax.Array  # [1, c] by which solution and residual in memory are to be multiplied
+    num_steps: jax.Array  # [1, c]
+
+
+def _solve(rhs, tiles, factors, memory: Memory, config: SolverConfig, steps_per_look: int) -> list[_Solved]:
+    """Solves the tiles side by side and leaves solutions and residuals in memory."""
+    posed = [nested.pose_tile(b, t, f, config) for b, t, f in zip(rhs, tiles, factors, strict=True)]
+    num_steps = []
+    for i, (problem, _, _) in enumerate(posed):
+        found = solver.nothing_found(problem)
+        memory.solution[i], memory.residual[i] = found.solution, found.residual
+        num_steps.append(found.num_steps)
+    problems = [problem for problem, _, _ in posed]
+    for methods in zip(*(methods for _, methods, _ in posed), strict=True):
+        num_steps = _rounds(problems, methods, num_steps, memory, steps_per_look)
+    return [_Solved(scale, n) for (_, _, scale), n in zip(posed, num_steps, strict=True)]
+
+
+class RoundRows(NamedTuple):
+    """What a loop over rounds carries of a tile, [1, c] each; the rest is in memory."""
+
+    size: jax.Array
+    wanted: jax.Array  # float32, 1 where true: loops carry no booleans
+    num_steps: jax.Array
+
+
+class StepRows(NamedTuple):
+    """What a loop over steps carries of a tile, [1, c] each; the rest is in memory."""
+
+    size: jax.Array
+    energy: jax.Array
+    num_steps: jax.Array
+
+
+def _rounds(
+    problems: list[Problem], methods: tuple[Method, ...], num_steps, memory: Memory, steps_per_look: int
+) -> list[jax.Array]:
+    """Runs solver.solve's rounds of one method on all tiles; returns the steps taken so far."""
+    heads = range(len(problems))
+
+    def rounds_of(i, rows: RoundRows) -> Rounds:
+        found = Solution(memory.solution[i], memory.residual[i], rows.num_steps)
+        return Rounds(found, rows.size, rows.wanted > 0)
+
+    def rows_of(rounds: Rounds) -> RoundRows:
+        return RoundRows(rounds.size, rounds.wanted.astype(jnp.float32), rounds.found.num_steps)
+
+    def take_round(rows):
+        begun = []
+        for i in heads:
+            steps = solver.first_step(methods[i], rounds_of(i, rows[i]))
+            begun.append(_store_steps(memory, i, steps))
+        end = _steps(problems, methods, rows, tuple(begun), memory, steps_per_look)
+        after = []
+        for i in heads:
+            steps = _load_steps(memory, i, end[i], methods[i])
+            rounds = solver.end_round(problems[i], rounds_of(i, rows[i]), steps)
+            memory.solution[i], memory.residual[i] = rounds.found.solution, rounds.found.residual
+            after.append(rows_of(rounds))
+        return tuple(after)
+
+    first = []
+    for i in heads:
+        found = Solution(memory.solution[i], memory.residual[i], num_steps[i])
+        first.append(rows_of(solver.first_round(problems[i], methods[i], found)))
+    rows = while_loop(lambda rows: _any([r.wanted for r in rows]), take_round, tuple(first))
+    return [r.num_steps for r in rows]
+
+
+def _steps(problems, methods, rows, begun, memory: Memory, steps_per_look: int):
+    """Runs the steps of one round on all tiles."""
+    rounds = [Rounds(None, r.size, r.wanted > 0) for r in rows]
+
+    def going(step_rows):
+        going = []
+        for problem, method, r, s in zip(problems, methods, rounds, step_rows, strict=True):
+            steps = Steps(None, None, (), s.size, s.energy, s.num_steps)
+            going.append(solver.is_going(problem, method, r, steps).astype(jnp.float32))
+        return _any(going)
+
+    def several(step_rows):
+        for _ in range(steps_per_look):
+            step_rows = advance(step_rows)
+        return step_rows
+
+    def advance(step_rows):
+        after = []
+        for i, (problem, method, r) in enumerate(zip(problems, methods, rounds, strict=True)):
+            steps = solver.step(problem, method, r, _load_steps(memory, i, step_rows[i], method))
+            after.append(_store_steps(memory, i, steps))
+        return tuple(after)
+
+    return while_loop(going, several, begun)
+
+
+def _load_steps(memory: Memory, i: int, rows: StepRows, method: Method) -> Steps:
+    directions = (memory.direction[i], memory.image[i])[: method.num_directions]
+    return Steps(memory.step_solution[i], memory.step_residual[i], directions, *rows)
+
+
+def _store_steps(memory: Memory, i: int, steps: Steps) -> StepRows:
+    memory.step_solution[i], memory.step_residual[i] = steps.solution, steps.residual
+    for ref, value in zip((memory.direction, memory.image), steps.direction, strict=False):
+        ref[i] = value
+    return StepRows(steps.size, steps.energy, steps.num_steps)
+
+
+def _any(rows: list[jax.Array]) -> jax.Array:
+    return jnp.max(functools.reduce(jnp.maximum, rows)) > 0
+
+
+def _load(refs) -> list:
+    """Returns the tiles of a tree of references as a list of trees."""
+    num_tiles = jax.tree.leaves(refs)[0].shape[0]
+    return [jax.tree.map(lambda ref, i=i: ref[i], refs) for i in range(num_tiles)]
+
+
+def _factors(refs: Factor | None, num_tiles: int) -> list[Factor | None]:
+    if refs is None:
+        return [None] * num_tiles
+    return [f._replace(usable=f.usable > 0) for f in _load(refs)]

@@ -1,6 +1,7 @@
 """Multiply-adds of a model, counted twice as usual: what utilisation is measured against."""
 
 from mesanet_jax.config import MesaNetConfig
+from pallas_kernels.mesa_chunk import nested, work
 
 CHUNK = 64  # a matrix of the solve is applied chunk by chunk; its cost depends on the chunk's length
 
@@ -21,10 +22,15 @@ def forward_flops(config: MesaNetConfig, length: int, solver_steps: float | None
 
 
 def training_flops(config: MesaNetConfig, length: int, solver_steps: float | None = None) -> float:
-    """Returns FLOPs per token of a training step: backward is twice forward, and the adjoint solve counts once."""
+    """Returns FLOPs per token of a training step: backward is twice forward, and the adjoint solve counts once.
+
+    It takes the factor of the forward solve, if there is one.
+    """
     with_solve = forward_flops(config, length, solver_steps)
     without_solve = forward_flops(config, length, 0)
-    return 3 * without_solve + 2 * (with_solve - without_solve)
+    shares = config.pattern.count("mesa") / len(config.pattern)
+    shared = config.num_layers * shares * _factor_flops(config, length, solver_steps)
+    return 3 * without_solve + 2 * (with_solve - without_solve) - shared
 
 
 def _mixer_flops(c: MesaNetConfig, mixer: str, length: int, solver_steps: float | None) -> float:
@@ -33,9 +39,20 @@ def _mixer_flops(c: MesaNetConfig, mixer: str, length: int, solver_steps: float 
         span = min(length, c.window if mixer == "sliding_window" else c.max_context)
         mean_context = span - span * (span - 1) / (2 * length)  # the first tokens see less
         return 2 * c.num_heads * (c.key_dim + c.value_dim) * mean_context
-    steps = c.solver.max_steps if solver_steps is None else solver_steps
-    apply = 2 * c.key_dim**2 + 4 * CHUNK * c.key_dim
+    steps = _steps(c, solver_steps)
+    solve = 2 * work.steps(steps, 1 if steps else 0, c.key_dim, min(length, CHUNK))  # and one true residual
     states = 2 * c.key_dim * (c.key_dim + c.value_dim)
     read_out = 2 * c.key_dim * c.value_dim + 2 * CHUNK * (c.key_dim + c.value_dim)
     gates = 4 * c.model_dim
-    return c.num_heads * (steps * apply + states + read_out + gates)
+    return c.num_heads * (solve + states + read_out + gates) + _factor_flops(c, length, solver_steps)
+
+
+def _factor_flops(c: MesaNetConfig, length: int, solver_steps: float | None) -> float:
+    """FLOPs per token and layer of the factors of all heads; 0 if the solver makes none."""
+    chunk = min(length, CHUNK)
+    made = _steps(c, solver_steps) and c.solver.preconditioner == "nested" and nested.serves(chunk, c.key_dim)
+    return 2 * c.num_heads * work.factor(c.key_dim, chunk) if made else 0.0
+
+
+def _steps(c: MesaNetConfig, solver_steps: float | None) -> float:
+    return c.solver.max_steps if solver_steps is None else solver_steps

@@ -36,6 +36,11 @@ MODEL = {  # a whole small model, two layers and solves of 16 steps, computed in
 }
 HUGE_RIDGE = 1e-8  # the next term of a series, |H| / ridge
 DENSE_RESIDUAL = 4e-7  # a relative residual is measured in float32 from float32 solutions, whatever it ought to be
+NESTED = {
+    "floor": 32.0,  # of a residual, or of an error about it, in roundings of float32 of the products it is a sum of
+    "factor": 5e-14,  # inverses of frozen systems of condition 100, float64 on both sides
+    "one step": {"float64": 4e-14, "float32": 4e-5},  # residual of one step on a factor that is exact
+}
 # r2t2_jax and router_descent
 OTHER_BATCH = 5e-7  # a model's outputs in batches of another size: one rounding or two of float32
 STANDARDISED = 1.3e-6  # spread of standardised features: float32 sums of 400 terms

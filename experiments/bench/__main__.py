@@ -2,8 +2,9 @@
 
 Papers:   arXiv 2506.05233, appendix C (solver) and section 3 (cost); arXiv 2502.20395, section 3 (descent, neighbours).
 Command:  python -m experiments.bench        (part "mesa" needs the extra `bench`: PyTorch, on the CPU)
-Cost:     about 7 minutes on 2 cores; run it on a machine that does nothing else.
+Cost:     about 11 minutes on 2 cores, 4 of them for part "solver"; run it on a machine that does nothing else.
 Expected: mesa_chunk at least 1.2 times PyTorch on every line, memory that grows with t to the power 1, flat decoding;
+          at most 9 nested steps to 1e-4 and 12 to 1e-6, 0.4 times the work of plain ones on the hard half of the rows;
           router_descent at least 100 times a loop over inputs and neighbours, memory that grows with the batch to the
           power 1; nearest neighbours within twice the matrix product alone.
 Measured: see the table in README.md. Only ratios taken within one run are written down.
@@ -19,11 +20,12 @@ from pathlib import Path
 import jax
 
 from experiments import cli
-from experiments.bench import contract, growth, router, search
-from pallas_kernels.mesa_chunk.cases import EASY, HARD
+from experiments.bench import contract, growth, router, search, solver, torture
+from pallas_kernels.mesa_chunk.cases import EASY, HARD, STUDY
 from pallas_kernels.router_descent.cases import BENCHMARK
 
-PARTS = ("mesa", "router", "search")
+PARTS = ("mesa", "solver", "router", "search")
+TIMED = ("silu, 0.8-0.99", "low_rank, 0.95-1", "low_rank, 1")  # easy, in between and hard, for the shape of 145m
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,14 @@ class BenchConfig:
 
     Attributes:
       output: folder for bench.json and bench.md.
-      parts: "mesa" (solver layer), "router" (descent on routings), "search" (nearest neighbours).
+      parts: "mesa" (solver layer), "solver" (its steps and work by preconditioner), "router" (descent on routings),
+        "search" (nearest neighbours).
       dims: head sizes.
       length: tokens of a sequence.
       num_heads: heads; the CPU devices share them evenly.
       num_devices: CPU devices, one per core.
-      rounds: turns that every contestant takes.
+      rounds: turns that every contestant takes; a third of them in part "solver".
+      num_adversaries: heads at the edge of what may be asked, of which none may give a number that is not finite.
       memory_lengths: lengths whose peak memory is asked for.
       contexts: contexts after which decoding is timed.
       neighbors: neighbours per input that descent is timed with.
@@ -51,6 +55,7 @@ class BenchConfig:
     num_heads: int = 4
     num_devices: int = 2
     rounds: int = 15
+    num_adversaries: int = 100_000
     memory_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     contexts: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
     neighbors: tuple[int, ...] = (5, 20)
@@ -73,7 +78,7 @@ class BenchConfig:
 
 def main(config: BenchConfig) -> None:
     """Checks the contracts, measures, prints one table per part and writes them to the output folder."""
-    measures = {"mesa": measure_mesa, "router": measure_router, "search": measure_search}
+    measures = {"mesa": measure_mesa, "solver": measure_solver, "router": measure_router, "search": measure_search}
     if "mesa" in config.parts:
         _require_torch()
     jax.config.update("jax_num_cpu_devices", config.num_devices)
@@ -131,6 +136,25 @@ def measure_mesa(config: BenchConfig) -> tuple[dict, list[str]]:
         "decoding": dataclasses.asdict(decoding),
     }
     return numbers, [*throughput_table(rows), "", *growth_lines(memory, decoding)]
+
+
+def measure_solver(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about preconditioners."""
+    contract.check(("paper_head",))
+    rows, times = solver.study(), []
+    print("steps and work: done", flush=True)
+    for name in TIMED:
+        times += solver.compare(
+            name, dataclasses.replace(STUDY[name], num_heads=6, length=2048), -(-config.rounds // 3)
+        )
+    print("times: done", flush=True)
+    not_finite = torture.count(config.num_adversaries)
+    numbers = {
+        "solver": [dataclasses.asdict(row) for row in rows],
+        "solver_times": [dataclasses.asdict(row) for row in times],
+        "solver_not_finite": not_finite,
+    }
+    return numbers, solver.lines(rows, times, not_finite)
 
 
 def measure_router(config: BenchConfig) -> tuple[dict, list[str]]:

@@ -1,0 +1,300 @@
+"""The nested preconditioner: its factor against dense inverses, its steps over the study, and what it falls back to."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import LAW, NESTED, assert_near
+
+from experiments.bench import torture
+from pallas_kernels import SolverConfig
+from pallas_kernels.mesa_chunk import algebra, chunks, nested, solver, xla
+from pallas_kernels.mesa_chunk.cases import STUDY, Case, adversary, sample
+from pallas_kernels.mesa_chunk.contract import zero_state
+
+SIDES = ("forward", "adjoint")
+MOST_STEPS = {1e-4: 9, 1e-6: 12}
+BUDGET = 100  # far above what any token takes, so that tokens stop by themselves
+
+
+class Study:
+    """A row of the study at three chunks, with its dense systems in float64."""
+
+    def __init__(self, case: Case):
+        inputs = sample(dataclasses.replace(case, length=min(case.length, 192)))
+        self.operands = tuple(jnp.asarray(x, jnp.float32) for x in inputs[:6])
+        self.dout = jnp.asarray(np.random.default_rng(1).normal(size=inputs.v.shape), jnp.float32)
+        _, k, _, log_decay, beta, ridge = (np.asarray(x, np.float64) for x in self.operands)
+        self.matrices = np.empty((k.shape[1], *[k.shape[-1]] * 2))
+        kk = np.zeros(self.matrices.shape[1:])
+        for t in range(len(self.matrices)):
+            kk = np.exp(log_decay[0, t, 0]) * kk + beta[0, t, 0] * np.outer(k[0, t, 0], k[0, t, 0])
+            self.matrices[t] = kk + np.diag(ridge[0])
+
+    def solve(self, **choices) -> dict[str, "Solved"]:
+        """Solves both sides with these choices of a SolverConfig."""
+        found = jax.device_get(_solve(self.operands, self.dout, config=SolverConfig(**choices)))
+        return {side: self._judge(*map(_tokens_first, found[side])) for side in SIDES}
+
+    def _judge(self, num_steps, reported, rhs, solution) -> "Solved":
+        size = np.linalg.norm(rhs, axis=-1)
+        size = np.where(size, size, 1)
+        error = rhs - np.einsum("tij,tj->ti", self.matrices, np.float64(solution))
+        products = np.einsum("tij,tj->ti", np.abs(self.matrices), np.abs(solution))
+        residual, rounding = (np.linalg.norm(x, axis=1) / size for x in (error, products * 2.0**-24))
+        return Solved(num_steps[:, 0], reported[:, 0], residual, rounding)
+
+
+class Solved(NamedTuple):
+    """[t] each: what the solver says, and what is true."""
+
+    num_steps: np.ndarray
+    reported: np.ndarray
+    residual: np.ndarray  # relative, in float64
+    rounding: np.ndarray  # what one rounding of float32 of each entry of A x makes of a residual
+
+
+@functools.cache
+def study(name: str) -> Study:
+    return Study(STUDY[name])
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _solve(operands, dout, *, config: SolverConfig):
+    q, k, v, log_decay, beta, ridge = operands
+    starts = jnp.zeros(q.shape[:2], jnp.int32)
+    tiles, _ = xla._tiles(k, v, log_decay, beta, ridge, zero_state(q, v), starts, xla.XlaConfig())
+
+    def solve_tile(inputs):
+        q, dout, tile = inputs
+        factor = xla.factor_tile(tile, config)
+        sides = zip(SIDES, (q, algebra.adjoint_rhs(dout, tile)), strict=True)
+        return {side: (rhs, nested.solve_tile(rhs, tile, factor, config)) for side, rhs in sides}
+
+    columns = (chunks.to_columns(x, tiles.k.shape[-2]) for x in (q, dout))
+    found = jax.lax.map(solve_tile, jax.tree.map(lambda x: x[:, 0, 0], (*columns, tiles)))
+    sizes = {side: jax.vmap(solver.relative_size)(found[side][1].residual, found[side][0]) for side in SIDES}
+    return {side: (x.num_steps, sizes[side], rhs, x.solution) for side, (rhs, x) in found.items()}
+
+
+def _tokens_first(x: np.ndarray) -> np.ndarray:
+    """[n, k, c] -> [t, k]."""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1])
+
+
+each_row = pytest.mark.parametrize("name", STUDY)
+
+
+@each_row
+@pytest.mark.parametrize("tolerance", MOST_STEPS)
+def test_steps_are_few_and_the_reported_residual_is_true_in_every_row_of_the_study(name, tolerance):
+    for side, found in study(name).solve(max_steps=BUDGET, tolerance=tolerance).items():
+        assert found.num_steps.max() <= MOST_STEPS[tolerance], side
+        allowed = NESTED["floor"] * found.rounding
+        assert (np.abs(found.reported - found.residual) <= allowed).all(), side
+        assert (found.residual <= tolerance + allowed).all(), side
+
+
+@each_row
+def test_without_a_tolerance_a_residual_ends_at_what_float32_allows(name):
+    for side, found in study(name).solve(max_steps=30).items():
+        assert (found.residual <= NESTED["floor"] * found.rounding).all(), side
+
+
+@pytest.mark.parametrize("precision", ["bfloat16_3x", "bfloat16"])
+def test_low_precision_reaches_the_same_tolerance(precision):
+    for name in ("silu, 0.95-1", "low_rank, 1"):
+        for side, found in study(name).solve(max_steps=BUDGET, tolerance=1e-4, precision=precision).items():
+            assert found.num_steps.max() <= 12, (name, side)
+            allowed = NESTED["floor"] * found.rounding
+            assert (np.abs(found.reported - found.residual) <= allowed).all(), (name, side)
+            assert (found.residual <= 1e-4 + allowed).all(), (name, side)
+
+
+def test_nested_steps_are_a_fraction_of_plain_ones_where_plain_ones_are_many():
+    steps = {
+        preconditioner: study("low_rank, 1").solve(max_steps=BUDGET, tolerance=1e-4, preconditioner=preconditioner)
+        for preconditioner in ("none", "nested")
+    }
+    for side in SIDES:
+        assert 6 * steps["nested"][side].num_steps.max() <= steps["none"][side].num_steps.max()
+
+
+rng = np.random.default_rng(0)
+STARTS = {  # of documents, among 24 tokens of a chunk of keys of size 8
+    "one document": (),
+    "a document of its own": (0,),
+    "three documents, the first began before": (9, 15),
+    "three documents, the last of one token": (0, 10, 23),
+}
+
+
+class Pack:
+    """A random tile of 24 tokens in float64, and its systems written out."""
+
+    def __init__(self, starts: tuple[int, ...], gates=(0.9, 1.0), ridge: float = 0.5):
+        k, roots = rng.normal(size=(24, 8)), rng.normal(size=(8, 3))
+        self.starts = np.isin(np.arange(24), starts).astype(np.int32)
+        self.gates = np.where(self.starts, 0.0, np.log(rng.uniform(*gates, size=24)))
+        self.k, self.kk, self.beta = k, roots @ roots.T, rng.uniform(size=24)
+        self.ridge = ridge * rng.uniform(1, 3, size=8)
+
+    def tile(self, dtype=jnp.float64) -> algebra.Tile:
+        k, kk, beta, ridge, gates = (
+            jnp.asarray(x, dtype) for x in (self.k, self.kk, self.beta, self.ridge, self.gates)
+        )
+        decays = algebra.cumulative_decays(gates[None], jnp.asarray(self.starts)[None])
+        return algebra.Tile(k, k, beta[None], decays, kk, kk, ridge[:, None])
+
+    def matrices(self) -> np.ndarray:
+        """H_t + Lambda [t, k, k], by the recurrence."""
+        found, kk = [], self.kk
+        for start, gate, beta, k in zip(self.starts, self.gates, self.beta, self.k, strict=True):
+            kk = (0 if start else np.exp(gate) * kk) + beta * np.outer(k, k)
+            found.append(kk + np.diag(self.ridge))
+        return np.stack(found)
+
+    def until_end(self) -> np.ndarray:
+        """Log of the decay [t] from a token to the end of its document in the chunk."""
+        documents = np.cumsum(self.starts)
+        return np.array([self.gates[(documents == documents[t]) & (np.arange(24) > t)].sum() for t in range(24)])
+
+    def frozen(self) -> np.ndarray:
+        """The systems M_t [t, k, k]: those of the tokens in the frame of their document's end, but for the ridge."""
+        documents = np.cumsum(self.starts)
+        whole = np.array([self.gates[documents == documents[t]].sum() for t in range(24)])
+        memories = self.matrices() - np.diag(self.ridge)
+        weights = np.exp(np.maximum(whole / 2, nested.LOWEST_LOG_RIDGE))
+        return np.exp(self.until_end())[:, None, None] * memories + weights[:, None, None] * np.diag(self.ridge)
+
+
+FACTOR = SolverConfig()
+
+
+def factor_of(tile: algebra.Tile) -> nested.Factor:
+    factor = xla.factor_tile(tile, FACTOR)
+    assert factor is not None
+    return factor
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_factor_inverts_the_frozen_system_of_every_token_of_every_document(name):
+    pack = Pack(STARTS[name])
+    with jax.enable_x64(True):
+        tile = pack.tile()
+        factor = factor_of(tile)
+        assert factor.usable.all()
+        search = jax.jit(lambda r: nested.pose_tile(r, tile, factor, FACTOR)[1][0].search(r)[0])
+        # the r-th unit vector at all tokens at once gives the r-th column of all inverses
+        inverses = np.stack([search(np.repeat(unit[:, None], 24, axis=1)) for unit in np.eye(8)], axis=1)
+    assert_near(inverses.transpose(2, 0, 1), np.linalg.inv(pack.frozen()), NESTED["factor"])
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_image_of_a_direction_is_the_matrix_times_it_without_a_product(name):
+    pack = Pack(STARTS[name])
+    with jax.enable_x64(True):
+        tile, r = pack.tile(), rng.normal(size=(8, 24))
+        (method, _) = nested.pose_tile(r, tile, factor_of(tile), FACTOR)[1]
+        direction, frozen = method.search(jnp.asarray(r))
+        image = method.image(direction, frozen)
+        expected = np.einsum("tij,jt->it", pack.matrices(), direction) * np.exp(pack.until_end())
+    assert_near(image, expected, NESTED["factor"])
+    assert_near(method.scale[0], np.exp(pack.until_end()), LAW["float64"])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_one_step_solves_where_nothing_is_forgotten(dtype):
+    pack, rhs = Pack((), gates=(1.0, 1.0)), rng.normal(size=(8, 24))
+    with jax.enable_x64(True):
+        tile = pack.tile(dtype)
+        found = nested.solve_tile(jnp.asarray(rhs, dtype), tile, factor_of(tile), SolverConfig(max_steps=1))
+        solution = np.float64(found.solution)
+    error = np.linalg.norm(rhs - np.einsum("tij,jt->it", pack.matrices(), solution), axis=0)
+    assert (error <= NESTED["one step"][dtype] * np.linalg.norm(rhs, axis=0)).all()
+
+
+def test_no_token_takes_more_steps_than_the_budget():
+    tile, rhs = Pack((9,)).tile(jnp.float32), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    found = nested.solve_tile(rhs, tile, factor_of(tile), SolverConfig(max_steps=2))
+    assert found.num_steps.max() == 2
+
+
+def spoiled(kind: str) -> algebra.Tile:
+    """A tile whose factor is of no use."""
+    if kind == "forgets too fast":
+        return Pack((), gates=(0.3, 0.4)).tile(jnp.float32)
+    tile = Pack(()).tile(jnp.float32)
+    if kind == "state is NaN":
+        return tile._replace(kk=jnp.full_like(tile.kk, jnp.nan))
+    if kind == "state is not positive":
+        return tile._replace(kk=-10 * jnp.eye(8))
+    return tile._replace(
+        ridge=jnp.full_like(tile.ridge, 1e-30), kk=tile.kk * 1e12, k=tile.k[:1] * jnp.ones_like(tile.k) * 1e6
+    )
+
+
+SPOILED = ("forgets too fast", "state is NaN", "state is not positive", "ridge vanishes")
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_factor_of_no_use_is_marked_and_holds_zeros(kind):
+    factor = factor_of(spoiled(kind))
+    assert not factor.usable.any() and not factor.inverse.any() and not factor.rows.any()
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_without_a_factor_a_tile_is_solved_as_if_there_had_been_none(kind):
+    tile, rhs = spoiled(kind), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    found = nested.solve_tile(rhs, tile, factor_of(tile), FACTOR)
+    expected = nested.solve_tile(rhs, tile, None, FACTOR)
+    np.testing.assert_array_equal(found.solution, expected.solution)
+    np.testing.assert_array_equal(found.num_steps, expected.num_steps)
+    assert np.isfinite(found.solution).all()
+
+
+def test_keys_whose_products_overflow_leave_their_tokens_unsolved_but_finite():
+    tile, rhs = Pack(()).tile(jnp.float32), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    tile = tile._replace(k=1e20 * tile.k)
+    found = nested.solve_tile(rhs, tile, factor_of(tile), FACTOR)
+    assert not found.solution.any()
+    assert_near(found.residual, rhs, LAW["float32"])
+
+
+def test_what_forgets_too_fast_has_the_answer_of_plain_steps():
+    tile, rhs = spoiled("forgets too fast"), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    ours, plain = (
+        nested.solve_tile(rhs, tile, xla.factor_tile(tile, config), config).solution
+        for config in (SolverConfig(), SolverConfig(preconditioner="none"))
+    )
+    assert_near(ours, plain, LAW["float32"])
+
+
+@pytest.mark.parametrize(("c", "k", "serves"), [(1, 4, False), (2, 16, True), (15, 128, False), (16, 128, True)])
+def test_a_factor_is_made_only_for_chunks_long_enough_to_pay_for_it(c, k, serves):
+    assert nested.serves(c, k) == serves
+
+
+# dtype of the inputs, precision of the steps, heads, tokens: 72 tokens are two chunks
+TORTURE = [
+    ("float32", "float32", 400, 72),
+    ("bfloat16", "bfloat16_3x", 800, 16),
+    ("float32", "bfloat16", 800, 16),
+]
+
+
+@pytest.mark.parametrize(("dtype", "precision", "heads", "length"), TORTURE)
+def test_no_value_and_no_gradient_is_ever_nan_or_infinite(dtype, precision, heads, length):
+    config = SolverConfig(precision=precision)
+    assert torture.all_finite(adversary(heads, length, 8), dtype, config).all()
+
+
+def test_what_is_not_finite_would_have_been_seen():
+    heads = adversary(800, 16, 8)
+    heads.inputs.q[3, 0, 5] = np.nan
+    finite = torture.all_finite(heads, "float32", SolverConfig(precision="bfloat16"))
+    assert np.flatnonzero(~finite).tolist() == [3]

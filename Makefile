@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: setup  ## a MesaNet against a Transformer on real text, then a frozen mixture of experts re-routed (11 minutes)
+demo: setup  ## a MesaNet against a Transformer on real text, then a frozen mixture of experts re-routed (10 minutes)
 	$(RUN) -m experiments.mesanet.demo
 	$(RUN) -m experiments.r2t2.demo
 

@@ -1,5 +1,7 @@
 """Multiply-adds of a model, counted twice as usual: what utilisation is measured against."""
 
+import dataclasses
+
 from mesanet_jax.config import MesaNetConfig
 from pallas_kernels.mesa_chunk import nested, work
 
@@ -26,11 +28,12 @@ def training_flops(config: MesaNetConfig, length: int, solver_steps: float | Non
 
     It takes the factor of the forward solve, if there is one.
     """
-    with_solve = forward_flops(config, length, solver_steps)
+    adjoint_config = dataclasses.replace(config, solver=config.solver.adjoint)
+    solves = forward_flops(config, length, solver_steps) + forward_flops(adjoint_config, length, solver_steps)
     without_solve = forward_flops(config, length, 0)
     shares = config.pattern.count("mesa") / len(config.pattern)
     shared = config.num_layers * shares * _factor_flops(config, length, solver_steps)
-    return 3 * without_solve + 2 * (with_solve - without_solve) - shared
+    return without_solve + solves - shared
 
 
 def _mixer_flops(c: MesaNetConfig, mixer: str, length: int, solver_steps: float | None) -> float:

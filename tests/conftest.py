@@ -8,6 +8,7 @@ import tempfile
 
 import hypothesis
 import jax
+import pytest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers: there are as many as cores already
 
@@ -21,3 +22,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """A process may map only so many regions of memory, 65,530 on Linux, and every compiled program takes several.
+
+    Past that the compiler ends the process. What another file needs again is read from the cache above.
+    """
+    yield
+    jax.clear_caches()

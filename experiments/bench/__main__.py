@@ -72,6 +72,8 @@ class BenchConfig:
             raise cli.UserError(
                 f"length={self.length} is not a multiple of 256, the yardstick's longest chunk; round it."
             )
+        if self.num_adversaries < 1:
+            raise cli.UserError(f"num_adversaries={self.num_adversaries} tests nothing; use 1 or more.")
         if self.rounds < 2:
             raise cli.UserError(f"rounds={self.rounds} leaves no spread to report; use 2 or more.")
 

@@ -85,7 +85,7 @@ def _solve_all(operands, *, tolerance: float):
     def solve_tile(inputs):
         q, dout, tile = inputs
         sides = dict(zip(SIDES, (q, algebra.adjoint_rhs(dout, tile)), strict=True))
-        factors = {p: SolverConfig(max_steps=MAX_STEPS, tolerance=tolerance, precision=p) for p in PRECISIONS}
+        factors = {p: nested_config(tolerance, p) for p in PRECISIONS}
         shared = xla.factor_tile(tile, factors["float32"])
         solvers = {
             "plain": lambda rhs: textbook(tile, rhs, jnp.ones_like(rhs), tolerance),
@@ -158,6 +158,11 @@ def _nested(rhs: jax.Array, *, tile: Tile, factor: Factor | None, config: Solver
     return _counts(found[0], executed, computed, jnp.where(same, truth.residual, jnp.nan), rhs)
 
 
+def nested_config(tolerance: float, precision: str = "float32") -> SolverConfig:
+    """Returns the solver of the study."""
+    return SolverConfig(max_steps=MAX_STEPS, tolerance=tolerance, preconditioner="nested", precision=precision)
+
+
 def executed_steps(problem: solver.Problem, methods: tuple[Method, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the loops of `solver.solve` over its own parts; returns steps [1, c], steps executed, residuals computed."""
     found = solver.nothing_found(problem)
@@ -223,7 +228,7 @@ def compare(name: str, case: Case, rounds: int, tolerance: float = 1e-4) -> list
     operands, rows = _operands(case), []
     configs = {
         "plain": SolverConfig(max_steps=MAX_STEPS, tolerance=tolerance, preconditioner="none"),
-        "nested": SolverConfig(max_steps=MAX_STEPS, tolerance=tolerance),
+        "nested": nested_config(tolerance),
     }
     for work_done, function in (("forward", forward), ("forward + backward", forward_backward)):
         calls = {name: jax.jit(functools.partial(function, solver=config)) for name, config in configs.items()}

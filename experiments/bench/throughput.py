@@ -113,7 +113,7 @@ def compare(name: str, case: Case, rounds: int) -> list[Row]:
         solve, theirs, [SolverConfig(max_steps=n, preconditioner="none") for n in range(STEPS, STEPS + 6)]
     )
     worst = float(theirs.max(axis=(1, 2)).min())
-    loosest_first = [SolverConfig(max_steps=STEPS, tolerance=worst * f) for f in FRACTIONS]
+    loosest_first = [SolverConfig(max_steps=STEPS, tolerance=worst * f, preconditioner="nested") for f in FRACTIONS]
     stop, stopped = _first_as_good(solve, theirs, [*loosest_first, plain])
     rows = []
     for work, function, outputs in (("forward", forward, 1), ("forward + backward", forward_backward, 2)):

@@ -1,6 +1,7 @@
 """Whether anything that may be asked of `mesa_chunk` and its derivative comes back as NaN or infinity."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,8 @@ def count(num_heads: int, max_steps: int = 16) -> dict[str, tuple[int, int]]:
     """Returns heads solved, and heads with anything not finite in value or gradient, by dtype and precision."""
     counts, seed = {}, 0
     for dtype, precision, share in KINDS:
-        config, bad, batches = (
-            SolverConfig(max_steps=max_steps, precision=precision),
-            0,
-            round(share * num_heads / BATCH),
-        )
+        config = SolverConfig(max_steps=max_steps, precision=precision, preconditioner="nested")
+        bad, batches = 0, math.ceil(share * num_heads / BATCH)
         for _ in range(batches):
             bad += int(np.sum(~all_finite(adversary(BATCH, LENGTH, DIM, seed), dtype, config)))
             seed += 1

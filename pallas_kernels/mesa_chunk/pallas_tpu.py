@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mesa_chunk import algebra, pallas_tpu_kernel, xla
+from pallas_kernels.mesa_chunk import algebra, nested, pallas_tpu_kernel, xla
 from pallas_kernels.mesa_chunk.chunks import scan_states, to_chunks, to_columns, to_rows, to_sequence
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
@@ -60,7 +60,8 @@ def forward(
     """Returns what xla.forward does; the factors are those of this file's chunks."""
     length, key_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     tiles, final, _ = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
-    factors = _factors(tiles, solver)
+    worth = nested.serves(min(length, config.chunk_length), key_dim)
+    factors = _factors(tiles, solver) if worth else None
     columns = to_columns(_pad(q), config.chunk_length)
     found = forward_tiles(columns, tiles, factors, solver=solver, config=config, interpret=interpret)
     out, x, num_steps, residual = (to_sequence(y, length) for y in found)

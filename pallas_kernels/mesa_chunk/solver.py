@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.mesa_chunk.products import PRECISIONS
 
 PRECONDITIONERS = ("none", "nested")
+MOST_STEPS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,21 @@ class SolverConfig:
       max_steps: steps at most. 0 skips the solve and reads out with the query itself, which turns the layer into gated
         linear attention (arXiv 2506.05233, section 3).
       tolerance: a token stops once ||residual|| <= tolerance * ||right-hand side||, or once more steps change nothing.
-      preconditioner: "nested" shares one factor among all tokens of a chunk (README.md, section 3); it serves chunks
-        that remember what they began with, and all others are solved as with "none", by plain conjugate gradient.
+      preconditioner: "none" for plain conjugate gradient. "nested" shares one factor among all tokens of a chunk
+        (README.md, section 3) and needs far fewer steps where little is forgotten; tiles that forget fast, short chunks
+        and single tokens are preconditioned by the ridge alone. With "nested" the way to the solution, not the
+        solution, depends on the gates of the whole chunk: outputs see later gates by as much as the residual that is
+        left, so choose a tolerance at which that does not matter.
       precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16". Residuals are computed
-        anew in float32 between rounds of steps, so that a lower precision costs steps before it costs accuracy.
+        anew in float32 between rounds of steps, so that a lower precision costs steps before it costs accuracy. Single
+        tokens are solved in float32. Without a factor "bfloat16" does not converge on every input: a state rounded to
+        8 bits need not be positive definite. Reports tell.
       adjoint_max_steps, adjoint_tolerance: the same for the solve of the backward pass; None takes those above.
     """
 
     max_steps: int = 30
     tolerance: float = 0.0
-    preconditioner: str = "nested"
+    preconditioner: str = "none"
     precision: str = "float32"
     adjoint_max_steps: int | None = None
     adjoint_tolerance: float | None = None
@@ -40,17 +46,26 @@ class SolverConfig:
     def __post_init__(self):
         for field in ("max_steps", "adjoint_max_steps"):
             steps = getattr(self, field)
-            if steps is not None and steps < 0:
+            if steps is None and field.startswith("adjoint"):
+                continue
+            if not isinstance(steps, int) or steps > MOST_STEPS:
+                raise ValueError(f"SolverConfig: {field}={steps} must be a whole number up to {MOST_STEPS}.")
+            if steps < 0:
                 raise ValueError(f"SolverConfig: {field}={steps} is negative; use 0 or more.")
         for field in ("tolerance", "adjoint_tolerance"):
             value = getattr(self, field)
-            if value is not None and not 0.0 <= value < 1.0:
+            if value is None and field.startswith("adjoint"):
+                continue
+            if value is None or not 0.0 <= value < 1.0:
                 raise ValueError(f"SolverConfig: {field}={value} is outside [0, 1); 1e-4 is a common choice.")
         for field, known in {"preconditioner": PRECONDITIONERS, "precision": PRECISIONS}.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"SolverConfig: {field}={getattr(self, field)!r} is unknown; use one of {known}.")
-        if self.max_steps == 0 and self.adjoint_max_steps:
-            raise ValueError("SolverConfig: adjoint_max_steps without max_steps; linear attention solves neither way.")
+        if self.adjoint_max_steps is not None and (self.adjoint_max_steps == 0) != (self.max_steps == 0):
+            raise ValueError(
+                f"SolverConfig: max_steps={self.max_steps} and adjoint_max_steps={self.adjoint_max_steps}: linear "
+                "attention has no solve either way, so set both to 0 or neither."
+            )
 
     @property
     def adjoint(self) -> "SolverConfig":
@@ -127,7 +142,7 @@ def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
     precision or on a recurrence that drifts, and what is reported is true all the same. Nothing is absolute: right-hand
     sides are of unit size and every division is guarded instead of shifted by an epsilon, so gradients of size 1e-20
     are solved as well as those of size 1. A token that has reached its tolerance is frozen; its answer depends on no
-    other token. A loop ends when all its tokens have. What one method leaves unsolved, the next takes up.
+    other token. A loop ends when all its tokens have. What one method fails on, the next takes up.
 
     Args:
       problem: from `pose`.
@@ -181,6 +196,8 @@ class Steps(NamedTuple):
 _AIM = 0.8
 # A round that leaves more than this of the residual is the last one of its token: rounding has the word.
 _PROGRESS = 0.7
+# A method that leaves more than this of the right-hand side has failed on its token.
+_FAILED = 0.1
 
 
 def pose(apply_matrix, rhs: jax.Array, config: SolverConfig) -> tuple[Problem, jax.Array]:
@@ -197,9 +214,13 @@ def nothing_found(problem: Problem) -> Solution:
 
 
 def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
-    """Returns where the tokens of a method stand before its first round."""
+    """Returns where the tokens of a method stand before its first round.
+
+    It takes up what no method has touched or the one before has failed on, not what rounding kept from the last digits.
+    """
     size = _dot(found.residual, found.residual)
-    return Rounds(found, size, method.wanted & _unsolved(problem, size, found.num_steps))
+    untouched = (found.num_steps == 0) | (size > _FAILED**2 * _dot(problem.rhs, problem.rhs))
+    return Rounds(found, size, method.wanted & untouched & _unsolved(problem, size, found.num_steps))
 
 
 def first_step(method: Method, rounds: Rounds) -> Steps:

@@ -28,6 +28,8 @@ def mesa_step(
 ) -> tuple[Float[Array, "b h v"], MesaState, *tuple[SolveReport, ...]]:
     """Advances the Mesa layer by one token; equals `mesa_chunk` with t = 1 and takes the same arguments and errors.
 
+    Its products are in float32 whatever `solver.precision` says: decoding waits for memory, not for them.
+
     Work and memory do not depend on how many tokens came before. Donate `state` to update it in place.
 
     Returns:

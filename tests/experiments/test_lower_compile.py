@@ -117,7 +117,8 @@ def test_rows_are_told_apart_by_kernel_and_case_and_are_divided_by_something():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
 def test_a_real_row_has_everything():
-    cost = measure.measure(KERNELS[0], "v6e")
+    row = next(kernel for kernel in KERNELS if kernel.name == "router_descent")
+    cost = measure.measure(row, "v6e")
     assert cost.refused is None and cost.no_estimate is None
     assert 1 < cost.step < 4 and cost.once > 1, "about 300 cycles a step for a tile of 128 inputs"
     assert 0 < cost.loop_bundles < cost.bundles and cost.mxu == 0 and cost.vpu > 0.5, "it runs on the vector unit"

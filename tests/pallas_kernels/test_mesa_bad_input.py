@@ -42,7 +42,7 @@ SHARED = {
         "state.kk has dtype int32; pass a floating-point array.",
     ),
     "unknown name": (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown; use None or one of "),
-    "not there": (dict(implementation="pallas_tpu"), NotImplementedError, "implementation='pallas_tpu' is not "),
+    "not there": (dict(implementation="pallas_gpu"), NotImplementedError, "implementation='pallas_gpu' is not "),
 }
 ONLY_CHUNK = {
     "ids of floats": (dict(segment_ids=jnp.zeros((2, 4))), TypeError, "segment_ids have dtype float32; pass integers."),
@@ -87,6 +87,23 @@ def test_shapes_are_checked_under_jit_too():
     ("fields", "sentence"),
     [
         (dict(max_steps=-1), "SolverConfig: max_steps=-1 is negative; use 0 or more."),
+        (dict(max_steps=None), "SolverConfig: max_steps=None must be a whole number up to 10000."),
+        (dict(max_steps=2.5), "SolverConfig: max_steps=2.5 must be a whole number up to 10000."),
+        (dict(adjoint_max_steps=2**31), f"SolverConfig: adjoint_max_steps={2**31} must be a whole number up to 10000."),
+        (
+            dict(adjoint_max_steps=0),
+            "SolverConfig: max_steps=30 and adjoint_max_steps=0: linear attention has no solve either way, so set both "
+            "to 0 or neither.",
+        ),
+        (dict(tolerance=None), "SolverConfig: tolerance=None is outside [0, 1); 1e-4 is a common choice."),
+        (
+            dict(preconditioner="jacobi"),
+            "SolverConfig: preconditioner='jacobi' is unknown; use one of ('none', 'nested').",
+        ),
+        (
+            dict(precision="half"),
+            "SolverConfig: precision='half' is unknown; use one of ('float32', 'bfloat16_3x', 'bfloat16').",
+        ),
         (dict(tolerance=-1e-3), "SolverConfig: tolerance=-0.001 is outside [0, 1); 1e-4 is a common choice."),
         (dict(tolerance=1.0), "SolverConfig: tolerance=1.0 is outside [0, 1); 1e-4 is a common choice."),
         (dict(tolerance=float("nan")), "SolverConfig: tolerance=nan is outside [0, 1); 1e-4 is a common choice."),

@@ -1,5 +1,7 @@
 """Rung 2: every implementation against the reference, over the named cases; a newcomer is tested by its name below."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ from tolerances import CHUNKWISE, FADED_GATE, SCREAMING, assert_near, relative_e
 
 from pallas_kernels import SolverConfig
 from pallas_kernels.mesa_chunk.cases import CASES, Inputs, sample
+from pallas_kernels.mesa_chunk.solver import PRECONDITIONERS
 
 IMPLEMENTATIONS = ["xla"]
 CONVERGED = SolverConfig(max_steps=60)
+SOLVERS = {name: dataclasses.replace(CONVERGED, preconditioner=name) for name in PRECONDITIONERS}
 
 
 def rounded(arrays, dtype: str):
@@ -29,13 +33,17 @@ def tolerance(case: str, dtype: str, name: str) -> float:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "preconditioner"),
+    [("float64", "none"), ("float32", "none"), ("bfloat16", "none"), ("float64", "nested"), ("float32", "nested")],
+)
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradient_equal_the_reference(case, dtype, implementation):
+def test_value_and_gradient_equal_the_reference(case, dtype, preconditioner, implementation):
     inputs = rounded(sample(CASES[case]), dtype)
     cotangents = rounded(random_cotangents(inputs), dtype)
     expected = differentiate(inputs, cotangents, dtype="float64", implementation="reference")
-    actual = differentiate(inputs, cotangents, dtype=dtype, implementation=implementation, solver=CONVERGED)
+    solver = SOLVERS[preconditioner]
+    actual = differentiate(inputs, cotangents, dtype=dtype, implementation=implementation, solver=solver)
     for name, value in expected.values.items():
         assert_near(actual.values[name], value, tolerance(case, dtype, name), name)
     for name, gradient in expected.gradients.items():

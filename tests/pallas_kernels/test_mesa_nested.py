@@ -37,7 +37,7 @@ class Study:
 
     def solve(self, **choices) -> dict[str, "Solved"]:
         """Solves both sides with these choices of a SolverConfig."""
-        found = jax.device_get(_solve(self.operands, self.dout, config=SolverConfig(**choices)))
+        found = jax.device_get(_solve(self.operands, self.dout, config=dataclasses.replace(FACTOR, **choices)))
         return {side: self._judge(*map(_tokens_first, found[side])) for side in SIDES}
 
     def _judge(self, num_steps, reported, rhs, solution) -> "Solved":
@@ -172,7 +172,7 @@ class Pack:
         return np.exp(self.until_end())[:, None, None] * memories + weights[:, None, None] * np.diag(self.ridge)
 
 
-FACTOR = SolverConfig()
+FACTOR = SolverConfig(preconditioner="nested")
 
 
 def factor_of(tile: algebra.Tile) -> nested.Factor:
@@ -212,7 +212,9 @@ def test_one_step_solves_where_nothing_is_forgotten(dtype):
     pack, rhs = Pack((), gates=(1.0, 1.0)), rng.normal(size=(8, 24))
     with jax.enable_x64(True):
         tile = pack.tile(dtype)
-        found = nested.solve_tile(jnp.asarray(rhs, dtype), tile, factor_of(tile), SolverConfig(max_steps=1))
+        found = nested.solve_tile(
+            jnp.asarray(rhs, dtype), tile, factor_of(tile), dataclasses.replace(FACTOR, max_steps=1)
+        )
         solution = np.float64(found.solution)
     error = np.linalg.norm(rhs - np.einsum("tij,jt->it", pack.matrices(), solution), axis=0)
     assert (error <= NESTED["one step"][dtype] * np.linalg.norm(rhs, axis=0)).all()
@@ -220,7 +222,7 @@ def test_one_step_solves_where_nothing_is_forgotten(dtype):
 
 def test_no_token_takes_more_steps_than_the_budget():
     tile, rhs = Pack((9,)).tile(jnp.float32), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
-    found = nested.solve_tile(rhs, tile, factor_of(tile), SolverConfig(max_steps=2))
+    found = nested.solve_tile(rhs, tile, factor_of(tile), dataclasses.replace(FACTOR, max_steps=2))
     assert found.num_steps.max() == 2
 
 
@@ -269,7 +271,7 @@ def test_what_forgets_too_fast_has_the_answer_of_plain_steps():
     tile, rhs = spoiled("forgets too fast"), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
     ours, plain = (
         nested.solve_tile(rhs, tile, xla.factor_tile(tile, config), config).solution
-        for config in (SolverConfig(), SolverConfig(preconditioner="none"))
+        for config in (FACTOR, SolverConfig())
     )
     assert_near(ours, plain, LAW["float32"])
 
@@ -289,12 +291,12 @@ TORTURE = [
 
 @pytest.mark.parametrize(("dtype", "precision", "heads", "length"), TORTURE)
 def test_no_value_and_no_gradient_is_ever_nan_or_infinite(dtype, precision, heads, length):
-    config = SolverConfig(precision=precision)
+    config = dataclasses.replace(FACTOR, precision=precision)
     assert torture.all_finite(adversary(heads, length, 8), dtype, config).all()
 
 
 def test_what_is_not_finite_would_have_been_seen():
     heads = adversary(800, 16, 8)
     heads.inputs.q[3, 0, 5] = np.nan
-    finite = torture.all_finite(heads, "float32", SolverConfig(precision="bfloat16"))
+    finite = torture.all_finite(heads, "float32", dataclasses.replace(FACTOR, precision="bfloat16"))
     assert np.flatnonzero(~finite).tolist() == [3]

@@ -105,13 +105,14 @@ def few_heads(case, length=130):
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_tolerance_is_kept_on_easy_and_hard_inputs(preconditioner, precision, tolerance):
-    if (preconditioner, precision) == ("none", "bfloat16"):
-        pytest.skip("states rounded to bfloat16 are not positive definite any more; see the test below")
+def test_tolerance_is_kept_on_easy_and_hard_inputs_or_the_report_says_that_it_is_not(
+    preconditioner, precision, tolerance
+):
     config = SolverConfig(max_steps=100, tolerance=tolerance, preconditioner=preconditioner, precision=precision)
     for case in (EASY, HARD):
         _, _, report = _run(few_heads(case), solver=config, with_report=True)
-        assert report.residual.max() <= tolerance
+        may_fail = (preconditioner, precision) == ("none", "bfloat16")  # a rounded state may not be positive definite
+        assert report.residual.max() <= tolerance or (may_fail and np.isfinite(report.residual).all())
 
 
 def test_plain_steps_are_few_on_easy_inputs_and_many_on_hard_ones():

@@ -104,7 +104,7 @@ def _tiles(operands) -> tuple[jax.Array, jax.Array, Tile]:
     """Returns queries, cotangents of the outputs and tiles, [n, b, h, ...] each, of a sequence from an empty state."""
     q, k, v, log_decay, beta, ridge, dout = operands
     starts, config = jnp.zeros(q.shape[:2], jnp.int32), xla.XlaConfig()
-    tiles, _ = xla._tiles(k, v, log_decay, beta, ridge, zero_state(q, v), starts, config)
+    tiles, _ = xla.cut(k, v, log_decay, beta, ridge, zero_state(q, v), starts, config)
     return to_columns(q, tiles.k.shape[-2]), to_columns(dout, tiles.k.shape[-2]), tiles
 
 
@@ -171,9 +171,14 @@ def executed_steps(problem: solver.Problem, methods: tuple[Method, ...]) -> tupl
 
         def take_round(carry, method=method):
             rounds, executed, computed = carry
+
+            def going(steps: solver.Steps):
+                begun = rounds.wanted, rounds.size
+                return solver.is_going(problem, method, *begun, steps.size, steps.num_steps)
+
             steps = jax.lax.while_loop(
-                lambda steps: jnp.any(solver.is_going(problem, method, rounds, steps)),
-                lambda steps: solver.step(problem, method, rounds, steps),
+                lambda steps: jnp.any(going(steps)),
+                lambda steps: solver.step(method, going(steps), steps),
                 solver.first_step(method, rounds),
             )
             taken = jnp.max(steps.num_steps - rounds.found.num_steps)

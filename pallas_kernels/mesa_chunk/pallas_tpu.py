@@ -33,13 +33,11 @@ class TpuConfig:
     Attributes:
       chunk_length: tokens a tile holds, a multiple of 128 since tokens lie in lanes.
       side_by_side: most tiles that a program solves at once; a single one waits for itself.
-      steps_per_look: solver steps between two looks at whether any token goes on, for which all units wait.
       vmem_bytes: what the compiler may use; blocks are there twice, one being computed on and one being fetched.
     """
 
     chunk_length: int = LANES
     side_by_side: int = 4
-    steps_per_look: int = 1
     vmem_bytes: int = 64 * MEBIBYTE
 
 
@@ -111,7 +109,7 @@ def forward_tiles(
 ) -> ForwardResults:
     """Solves tiles [n, b, h, ...] for q [n, b, h, k, c] and reads them out."""
     (c, k), v = tiles.k.shape[-2:], tiles.v.shape[-1]
-    body = functools.partial(pallas_tpu_kernel.forward, config=solver, steps_per_look=config.steps_per_look)
+    body = functools.partial(pallas_tpu_kernel.forward, config=solver)
     shapes = ForwardResults((v, c), (k, c), (1, c), (1, c))
     return _call(body, "mesa_chunk_forward", (q, tiles, factors), shapes, config, interpret, memory=(k, c))
 
@@ -128,7 +126,7 @@ def adjoint_tiles(
 ) -> AdjointResults:
     """Solves tiles [n, b, h, ...] backward for solutions x [n, b, h, k, c] and cotangents dout [n, b, h, v, c]."""
     (c, k), v = tiles.k.shape[-2:], tiles.v.shape[-1]
-    body = functools.partial(pallas_tpu_kernel.adjoint, config=solver, steps_per_look=config.steps_per_look)
+    body = functools.partial(pallas_tpu_kernel.adjoint, config=solver)
     shapes = AdjointResults((k, c), (k, c), (k, k), (k, v))
     return _call(body, "mesa_chunk_adjoint", (x, dout, tiles, factors), shapes, config, interpret, memory=(k, c))
 

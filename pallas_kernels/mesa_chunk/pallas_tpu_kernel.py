@@ -71,12 +71,11 @@ def forward(
     memory: Memory,
     *,
     config: SolverConfig,
-    steps_per_look: int,
 ) -> None:
     """Solves and reads out; all arguments are references to blocks [g, ...], q [k, c] of a tile."""
     tiles = [a.tile() for a in _load(arrays)]
     rhs = _load(q)
-    report = _solve(rhs, tiles, _factors(factor, len(tiles)), memory, config, steps_per_look)
+    report = _solve(rhs, tiles, _factors(factor, len(tiles)), memory, config)
     for i, tile in enumerate(tiles):
         if config.max_steps:
             x, residual = memory.solution[i] * report[i].scale, memory.residual[i] * report[i].scale
@@ -97,12 +96,11 @@ def adjoint(
     memory: Memory,
     *,
     config: SolverConfig,
-    steps_per_look: int,
 ) -> None:
     """Solves backward; all arguments are references to blocks [g, ...], x [k, c] and dout [v, c] of a tile."""
     tiles = [a.tile() for a in _load(arrays)]
     rhs = [algebra.adjoint_rhs(d, tile) for d, tile in zip(_load(dout), tiles, strict=True)]
-    report = _solve(rhs, tiles, _factors(factor, len(tiles)), memory, config, steps_per_look)
+    report = _solve(rhs, tiles, _factors(factor, len(tiles)), memory, config)
     for i, tile in enumerate(tiles):
         y = memory.solution[i] * report[i].scale
         results.solution[i] = y
@@ -123,7 +121,7 @@ class _Solved(NamedTuple):
     num_steps: jax.Array  # [1, c]
 
 
-def _solve(rhs, tiles, factors, memory: Memory, config: SolverConfig, steps_per_look: int) -> list[_Solved]:
+def _solve(rhs, tiles, factors, memory: Memory, config: SolverConfig) -> list[_Solved]:
     """Solves the tiles side by side and leaves solutions and residuals in memory."""
     posed = [nested.pose_tile(b, t, f, config) for b, t, f in zip(rhs, tiles, factors, strict=True)]
     num_steps = []
@@ -133,7 +131,7 @@ def _solve(rhs, tiles, factors, memory: Memory, config: SolverConfig, steps_per_
         num_steps.append(found.num_steps)
     problems = [problem for problem, _, _ in posed]
     for methods in zip(*(methods for _, methods, _ in posed), strict=True):
-        num_steps = _rounds(problems, methods, num_steps, memory, steps_per_look)
+        num_steps = _rounds(problems, methods, num_steps, memory)
     return [_Solved(scale, n) for (_, _, scale), n in zip(posed, num_steps, strict=True)]
 
 
@@ -153,9 +151,7 @@ class StepRows(NamedTuple):
     num_steps: jax.Array
 
 
-def _rounds(
-    problems: list[Problem], methods: tuple[Method, ...], num_steps, memory: Memory, steps_per_look: int
-) -> list[jax.Array]:
+def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, memory: Memory) -> list[jax.Array]:
     """Runs solver.solve's rounds of one method on all tiles; returns the steps taken so far."""
     heads = range(len(problems))
 
@@ -171,7 +167,7 @@ def _rounds(
         for i in heads:
             steps = solver.first_step(methods[i], rounds_of(i, rows[i]))
             begun.append(_store_steps(memory, i, steps))
-        end = _steps(problems, methods, rows, tuple(begun), memory, steps_per_look)
+        end = _steps(problems, methods, rows, tuple(begun), memory)
         after = []
         for i in heads:
             steps = _load_steps(memory, i, end[i], methods[i])
@@ -188,30 +184,23 @@ def _rounds(
     return [r.num_steps for r in rows]
 
 
-def _steps(problems, methods, rows, begun, memory: Memory, steps_per_look: int):
+def _steps(problems, methods, rows: tuple[RoundRows, ...], begun: tuple[StepRows, ...], memory: Memory):
     """Runs the steps of one round on all tiles."""
-    rounds = [Rounds(None, r.size, r.wanted > 0) for r in rows]
 
-    def going(step_rows):
-        going = []
-        for problem, method, r, s in zip(problems, methods, rounds, step_rows, strict=True):
-            steps = Steps(None, None, (), s.size, s.energy, s.num_steps)
-            going.append(solver.is_going(problem, method, r, steps).astype(jnp.float32))
-        return _any(going)
-
-    def several(step_rows):
-        for _ in range(steps_per_look):
-            step_rows = advance(step_rows)
-        return step_rows
+    def going(i: int, row: StepRows):
+        return solver.is_going(problems[i], methods[i], rows[i].wanted > 0, rows[i].size, row.size, row.num_steps)
 
     def advance(step_rows):
         after = []
-        for i, (problem, method, r) in enumerate(zip(problems, methods, rounds, strict=True)):
-            steps = solver.step(problem, method, r, _load_steps(memory, i, step_rows[i], method))
+        for i, row in enumerate(step_rows):
+            steps = solver.step(methods[i], going(i, row), _load_steps(memory, i, row, methods[i]))
             after.append(_store_steps(memory, i, steps))
         return tuple(after)
 
-    return while_loop(going, several, begun)
+    def any_going(step_rows):
+        return _any([going(i, row).astype(jnp.float32) for i, row in enumerate(step_rows)])
+
+    return while_loop(any_going, advance, begun)
 
 
 def _load_steps(memory: Memory, i: int, rows: StepRows, method: Method) -> Steps:

@@ -152,9 +152,12 @@ def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
     for method in methods:
 
         def take_round(rounds: Rounds, method=method):
+            def going(steps: Steps):
+                return is_going(problem, method, rounds.wanted, rounds.size, steps.size, steps.num_steps)
+
             steps = jax.lax.while_loop(
-                lambda steps: jnp.any(is_going(problem, method, rounds, steps)),
-                lambda steps: step(problem, method, rounds, steps),
+                lambda steps: jnp.any(going(steps)),
+                lambda steps: step(method, going(steps), steps),
                 first_step(method, rounds),
             )
             return end_round(problem, rounds, steps)
@@ -237,17 +240,19 @@ def first_step(method: Method, rounds: Rounds) -> Steps:
     )
 
 
-def is_going(problem: Problem, method: Method, rounds: Rounds, steps: Steps) -> jax.Array:
-    """Returns which tokens [1, c] take another step in this round."""
-    aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * rounds.size)
-    return rounds.wanted & (steps.size > aim) & (steps.num_steps < problem.max_steps)
+def is_going(
+    problem: Problem, method: Method, wanted: jax.Array, begun_size: jax.Array, size: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """Returns which tokens [1, c] take another step in a round that began with residuals of `begun_size`."""
+    aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun_size)
+    return wanted & (size > aim) & (num_steps < problem.max_steps)
 
 
-def step(problem: Problem, method: Method, rounds: Rounds, steps: Steps) -> Steps:
-    """Takes one step of conjugate gradient with the tokens that go on (arXiv 2506.05233, Algorithm 1)."""
-    going = is_going(problem, method, rounds, steps)
+def step(method: Method, going: jax.Array, steps: Steps) -> Steps:
+    """Takes one step of conjugate gradient with the tokens that are going (arXiv 2506.05233, Algorithm 1)."""
     searched = method.search(steps.residual)
-    energy = _dot(steps.residual, searched[0])
+    # without a preconditioner the sum is known already
+    energy = steps.size if searched[0] is steps.residual else _dot(steps.residual, searched[0])
     conjugacy = _divide(energy, steps.energy)
     direction = tuple(s + conjugacy * d for s, d in zip(searched, steps.direction, strict=True))
     image = method.image(*direction)

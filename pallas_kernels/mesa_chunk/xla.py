@@ -36,7 +36,7 @@ def forward(
 ) -> tuple[jax.Array, MesaState, jax.Array, SolveReport, Factor | None]:
     """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k], their report, the tiles' factors."""
     length, c = q.shape[1], even_length(q.shape[1], config.chunk_length)
-    tiles, final = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
+    tiles, final = cut(k, v, log_decay, beta, ridge, state, starts, config)
 
     def solve_and_read(inputs):
         q, tile = inputs
@@ -72,7 +72,7 @@ def backward(
       dout, dstate: cotangents of the outputs [b, t, h, v] and of the final state.
     """
     length, c = x.shape[1], even_length(x.shape[1], config.chunk_length)
-    tiles, _ = _tiles(*inputs, config=config)
+    tiles, _ = cut(*inputs, config=config)
     x, dout = to_columns(x, c), to_columns(dout, c)
 
     def solve_adjoint(inputs):
@@ -111,7 +111,7 @@ def _whiten(matrix: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.lax.linalg.triangular_solve(lower, rows, left_side=True, lower=True)
 
 
-def _tiles(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaConfig) -> tuple[algebra.Tile, MesaState]:
+def cut(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaConfig) -> tuple[algebra.Tile, MesaState]:
     """Cuts the sequences into tiles, [n, b, h, ...] each, and carries the state through; also returns the final one."""
     c = even_length(k.shape[1], config.chunk_length)
     starts = jnp.broadcast_to(starts[..., None], log_decay.shape)

@@ -67,7 +67,7 @@ def study(name: str) -> Study:
 def _solve(operands, dout, *, config: SolverConfig):
     q, k, v, log_decay, beta, ridge = operands
     starts = jnp.zeros(q.shape[:2], jnp.int32)
-    tiles, _ = xla._tiles(k, v, log_decay, beta, ridge, zero_state(q, v), starts, xla.XlaConfig())
+    tiles, _ = xla.cut(k, v, log_decay, beta, ridge, zero_state(q, v), starts, xla.XlaConfig())
 
     def solve_tile(inputs):
         q, dout, tile = inputs

@@ -83,10 +83,10 @@ def _solve_all(operands, *, tolerance: float):
     """Returns counts [tiles] by solver and side, and which tiles [tiles] use their factor."""
 
     def solve_tile(inputs):
-        q, dout, tile = inputs
+        q, dout, tile, expected = inputs
         sides = dict(zip(SIDES, (q, algebra.adjoint_rhs(dout, tile)), strict=True))
         factors = {p: nested_config(tolerance, p) for p in PRECISIONS}
-        shared = xla.factor_tile(tile, factors["float32"])
+        shared = xla.factor_tile(tile, expected, factors["float32"])
         solvers = {
             "plain": lambda rhs: textbook(tile, rhs, jnp.ones_like(rhs), tolerance),
             "Jacobi": lambda rhs: textbook(tile, rhs, diagonal(tile), tolerance),
@@ -97,7 +97,8 @@ def _solve_all(operands, *, tolerance: float):
         return counts, jnp.zeros((), bool) if shared is None else jnp.all(shared.usable)
 
     q, dout, tiles = _tiles(operands)
-    return jax.lax.map(solve_tile, jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (q, dout, tiles)))
+    arrays = q, dout, tiles, nested.expected_decays(tiles.decays)
+    return jax.lax.map(solve_tile, jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), arrays))
 
 
 def _tiles(operands) -> tuple[jax.Array, jax.Array, Tile]:

@@ -30,13 +30,13 @@ class Decays(NamedTuple):
     out: jax.Array  # [1, c] from token s to the end of the chunk
     visible: jax.Array  # [c, c] bool, s <= t within one document; `within` may underflow to 0 where this is true
     together: jax.Array  # [c, c] bool, s and t within one document
-    log_ahead: jax.Array  # [1, c] log of the decay from token s to the end of its document in this chunk
-    log_whole: jax.Array  # [1, c] the same from before its document's first token in this chunk
+    in_first: jax.Array  # [1, c] bool, token t is in the document of the chunk's first token
+    log_since: jax.Array  # [1, c] log of the decay to token t from before its document's first token in this chunk
 
     @property
     def through(self) -> jax.Array:
         """[1, 1] from the state before the chunk to the state after it."""
-        return self.into[..., -1:]
+        return jnp.sum(jnp.where(_is_last(self.into.shape[-1]), self.into, 0), axis=-1, keepdims=True)
 
 
 class Tile(NamedTuple):
@@ -73,15 +73,14 @@ def cumulative_decays(log_decay: jax.Array, starts: jax.Array) -> Decays:
     # exp only of what is kept: the masked half would overflow, and 0 * inf is NaN
     within = jnp.where(visible, jnp.exp(jnp.where(visible, lag, 0)), 0)
     in_document = jnp.where(together, gates, 0)
-    log_ahead = sum_down(jnp.where(s > t, in_document, 0))
     return Decays(
         within=within,
         into=jnp.where(document == 0, jnp.exp(sum_down(jnp.where(s <= t, gates, 0))), 0),
-        out=jnp.where(document == document[..., -1:], jnp.exp(log_ahead), 0),
+        out=jnp.where(document == document[..., -1:], jnp.exp(sum_down(jnp.where(s > t, in_document, 0))), 0),
         visible=visible,
         together=together,
-        log_ahead=log_ahead,
-        log_whole=sum_down(in_document),
+        in_first=document == document[..., :1],
+        log_since=sum_down(jnp.where(s <= t, in_document, 0)),
     )
 
 
@@ -150,11 +149,10 @@ def cotangents(
     kept = decays.through * (_sum_all(dkk * tile.kk) + _sum_all(dkv * tile.kv))
     added = _sum_all(beta * decays.out * (sum_down(k * dkk_k) + sum_down(v * dkv_k)))
     dtotal = sum_down(x * (tile.ridge * y + residual)) - beta * dbeta
-    last = jax.lax.broadcasted_iota(jnp.int32, (1, k.shape[-1]), 1) == k.shape[-1] - 1
     return Cotangents(
         k=beta * (left + right),
         v=beta * (times_transposed(dout, xk) + decays.out * dkv_k),
-        log_decay=_later_tokens(dtotal + jnp.where(last, kept + added, 0), decays.visible),
+        log_decay=_later_tokens(dtotal + jnp.where(_is_last(k.shape[-1]), kept + added, 0), decays.visible),
         beta=dbeta,
         ridge=-jnp.sum(x * y, axis=-1, keepdims=True),
     )
@@ -195,6 +193,11 @@ def _later_tokens(dtotal: jax.Array, visible: jax.Array) -> jax.Array:
     small gradients over long contexts.
     """
     return to_row(jnp.sum(jnp.where(visible, dtotal, 0), axis=-1, keepdims=True))
+
+
+def _is_last(size: int) -> jax.Array:
+    """Returns [1, size] bool, true at the end: kernels for GPUs cannot take slices of values."""
+    return jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) == size - 1
 
 
 def _sum_all(x: jax.Array) -> jax.Array:

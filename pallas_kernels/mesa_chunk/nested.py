@@ -1,5 +1,6 @@
 """The nested preconditioner: one factor that nearly solves all tokens of a chunk (README.md, section 3)."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +12,12 @@ from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrix, places, sum_
 from pallas_kernels.mesa_chunk.products import split, times, times_parts, transpose
 from pallas_kernels.mesa_chunk.solver import Method, Solution, SolverConfig
 
-# The frozen ridge stands in the middle of the chunk's decay, on a logarithmic scale, but not below this.
-LOWEST_LOG_RIDGE = -0.35
-# Tiles of which a token keeps less than this share of the frozen ridge forget so fast that other steps are as few.
+# How much a chunk is expected to keep where nothing is known: at the beginning of a document.
+UNKNOWN_KEPT = 0.3
+# Tiles that are expected to keep less than this forget so fast that steps on the matrix itself are as few.
 LEAST_KEPT = 0.1
+# Tokens whose ridge has grown to more than this many times the frozen one take steps on the matrix for that reason.
+MOST_APART = 4.0
 # Tokens per key channel below which the factor costs more than the steps it saves.
 LEAST_TOKENS = 0.125
 
@@ -24,7 +27,8 @@ class Factor(NamedTuple):
 
     inverse: jax.Array  # [k, k], B: of the state before the chunk with the frozen ridge
     rows: jax.Array  # [c, k], w_s
-    usable: jax.Array  # [1, 1] bool; if not, both are 0
+    log_anchor: jax.Array  # [1, 1] log of the frozen multiple of the ridge, for the chunk's first document
+    usable: jax.Array  # [1, 1] bool; if not, all others are 0
 
 
 class Factorise(NamedTuple):
@@ -44,30 +48,50 @@ def serves(c: int, k: int) -> bool:
     return c > 1 and c >= LEAST_TOKENS * k
 
 
-def is_worth_it(decays: Decays) -> jax.Array:
-    """Returns [1, 1] bool: whether the tile remembers enough of what it began with."""
-    kept = decays.log_ahead - _log_ridge(decays)
-    return jnp.min(kept, axis=-1, keepdims=True) >= jnp.log(LEAST_KEPT)
+def expected_decays(decays: Decays) -> jax.Array:
+    """Returns the log decay [n, ..., 1, 1] to expect over each of n chunks in a row that have these decays.
+
+    It is what the document that goes on into a chunk lost per token in the chunk before. The chunk itself is not asked:
+    no token may depend on later gates, not even in how it is solved.
+    """
+    tokens = jnp.sum(decays.together[..., -1:], axis=-2, keepdims=True)
+    per_token = decays.log_since[..., -1:] / tokens
+    before = jnp.concatenate([jnp.zeros_like(per_token[:1]), per_token[:-1]])
+    first = jnp.arange(len(before)).reshape(-1, *[1] * (before.ndim - 1)) == 0
+    unknown = first | (decays.into[..., :1] == 0)
+    return jnp.where(unknown, math.log(UNKNOWN_KEPT), before * decays.into.shape[-1])
 
 
-def make_factor(tile: Tile, factorise: Factorise) -> Factor:
-    """Factors the frozen systems of a tile; what is not finite or not worth it is marked, and holds zeros."""
-    decays, ridge = tile.decays, jnp.exp(_log_ridge(tile.decays)) * tile.ridge
-    inverse = factorise.invert(_state_weight(decays) * tile.kk + _diagonal(ridge[..., :1]))
-    keys = transpose(tile.k) * jnp.sqrt(tile.beta * jnp.exp(decays.log_ahead))
-    solved = jnp.where(_in_first(decays), times(inverse, keys), keys / ridge)
+def is_worth_it(expected: jax.Array) -> jax.Array:
+    """Returns [1, 1] bool: whether a tile of this expected log decay remembers enough of what it begins with."""
+    return expected >= math.log(LEAST_KEPT)
+
+
+def make_factor(tile: Tile, expected: jax.Array, factorise: Factorise) -> Factor:
+    """Factors the frozen systems of a tile of this expected log decay [1, 1].
+
+    What is not finite or not worth it is marked, and holds zeros.
+    """
+    decays, log_anchor = tile.decays, -expected / 2
+    frozen = _frozen(decays, log_anchor)
+    sees_state = jnp.where(decays.into[..., :1] > 0, 1.0, 0.0)
+    inverse = factorise.invert(sees_state * tile.kk + _diagonal(jnp.exp(log_anchor) * tile.ridge))
+    keys = transpose(tile.k) * jnp.sqrt(jnp.where(frozen.near, tile.beta * frozen.scale, 0))
+    solved = jnp.where(decays.in_first, times(inverse, keys), keys / (frozen.anchor * tile.ridge))
     gram = jnp.where(decays.together, times(transpose(solved), keys), 0)
     i, j = places(gram.shape[-1])
     rows = factorise.whiten(gram + jnp.where(i == j, 1.0, 0.0), transpose(solved))
     # a sum is finite only if all its terms are
     total = jnp.sum(sum_down(inverse), axis=-1, keepdims=True) + jnp.sum(sum_down(rows), axis=-1, keepdims=True)
-    usable = is_worth_it(decays) & jnp.isfinite(total)
-    return Factor(jnp.where(usable, inverse, 0), jnp.where(usable, rows, 0), usable)
+    usable = is_worth_it(expected) & jnp.isfinite(total)
+    inverse, rows, log_anchor = (jnp.where(usable, x, 0) for x in (inverse, rows, log_anchor))
+    return Factor(inverse, rows, log_anchor, usable)
 
 
-def no_factor(tile: Tile) -> Factor:
+def no_factor(tile: Tile, expected: jax.Array) -> Factor:
     """Returns what stands for the factor of a tile that is not worth one."""
-    return Factor(jnp.zeros_like(tile.kk), jnp.zeros_like(tile.k), jnp.zeros_like(tile.decays.through, dtype=bool))
+    nothing = jnp.zeros_like(expected)
+    return Factor(jnp.zeros_like(tile.kk), jnp.zeros_like(tile.k), nothing, nothing > 0)
 
 
 def solve_tile(rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig) -> Solution:
@@ -96,12 +120,12 @@ def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
 
     The direction is added up of preconditioned residuals M_t^-1 r, so M_t times it is the same sum of residuals.
     """
-    decays, first = tile.decays, _in_first(tile.decays)
-    ahead, ridge = jnp.exp(decays.log_ahead), jnp.exp(_log_ridge(decays)) * tile.ridge
-    shift = ahead * tile.ridge - ridge
+    decays, frozen = tile.decays, _frozen(tile.decays, factor.log_anchor)
+    ridge = frozen.anchor * tile.ridge
+    shift = frozen.scale * tile.ridge - ridge
     inverse, rows, columns = (split(x, precision) for x in (factor.inverse, factor.rows, transpose(factor.rows)))
     # what every step would compute anew: one of the two is 0 for every token
-    dense, diagonal = jnp.where(first, 1.0, 0.0), jnp.where(first, 0.0, 1 / ridge)
+    dense, diagonal = jnp.where(decays.in_first, 1.0, 0.0), jnp.where(decays.in_first, 0.0, 1 / ridge)
     visible = jnp.where(decays.visible, 1.0, 0.0)
 
     def search(r):
@@ -111,26 +135,25 @@ def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
     return Method(
         search=search,
         image=lambda direction, frozen: frozen + shift * direction,
-        wanted=factor.usable & jnp.ones_like(first),
-        scale=ahead,
+        wanted=factor.usable & frozen.near,
+        scale=frozen.scale,
         num_directions=2,
         reduction=solver.reduction(precision, tile.k.dtype),
     )
 
 
-def _log_ridge(decays: Decays) -> jax.Array:
-    """Log of the frozen factor of the ridge [1, c], in the frame of the end of each token's document."""
-    return jnp.maximum(decays.log_whole / 2, LOWEST_LOG_RIDGE)
+class _Frozen(NamedTuple):
+    """How the frozen systems of a tile stand to its own, [1, c] each."""
+
+    anchor: jax.Array  # multiple of the ridge that is frozen
+    scale: jax.Array  # by which a token's equation is multiplied, to see all keys as the beginning of its document did
+    near: jax.Array  # bool, whether its ridge, multiplied so, is near the frozen one; scale is 1 where it is not
 
 
-def _in_first(decays: Decays) -> jax.Array:
-    """[1, c] bool: whether a token is in the document of the chunk's first token, to which the state belongs if any."""
-    return decays.together[..., :1, :]
-
-
-def _state_weight(decays: Decays) -> jax.Array:
-    """[1, 1] decay from the state before the chunk to the end of the first token's document; 0 if it sees no state."""
-    return jnp.where(decays.into[..., :1] > 0, jnp.exp(decays.log_whole[..., :1]), 0)
+def _frozen(decays: Decays, log_anchor: jax.Array) -> _Frozen:
+    log_anchor = jnp.where(decays.in_first, log_anchor, -math.log(UNKNOWN_KEPT) / 2)
+    near = -decays.log_since <= log_anchor + math.log(MOST_APART)
+    return _Frozen(jnp.exp(log_anchor), jnp.exp(jnp.where(near, -decays.log_since, 0)), near)
 
 
 def _diagonal(column: jax.Array) -> jax.Array:

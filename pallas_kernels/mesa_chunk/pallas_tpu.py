@@ -161,7 +161,10 @@ def _tiles(
 
 def _factors(tiles: TileArrays, solver: SolverConfig) -> Factor | None:
     """Factors all tiles in one batch, on the compiler's Cholesky decomposition; marks are float32, for the kernels."""
-    found = xla.factor_tile(tiles.tile(), solver) if solver.max_steps else None
+    if not solver.max_steps:
+        return None
+    tile = tiles.tile()
+    found = xla.factor_tile(tile, nested.expected_decays(tile.decays), solver)
     return None if found is None else found._replace(usable=found.usable.astype(jnp.float32))
 
 

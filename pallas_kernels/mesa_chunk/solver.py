@@ -123,7 +123,7 @@ def exact_steps(
     Preconditioned by a diagonal [k, 1], if one is given. In full precision it begins anew only where the recurrence has
     reached rounding: a new start loses what the directions know of each other.
     """
-    ones = jnp.ones_like(rhs[..., :1, :])
+    ones = jnp.ones(_row_shape(rhs), rhs.dtype)
     weights = None if diagonal is None else 1 / diagonal
     exact = precision == "float32" or rhs.dtype == jnp.float64
     return Method(
@@ -156,14 +156,14 @@ def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
                 return is_going(problem, method, rounds.wanted, rounds.size, steps.size, steps.num_steps)
 
             steps = jax.lax.while_loop(
-                lambda steps: jnp.any(going(steps)),
+                lambda steps: _any(going(steps)),
                 lambda steps: step(method, going(steps), steps),
                 first_step(method, rounds),
             )
             return end_round(problem, rounds, steps)
 
         rounds = first_round(problem, method, found)
-        found = jax.lax.while_loop(lambda rounds: jnp.any(rounds.wanted), take_round, rounds).found
+        found = jax.lax.while_loop(lambda rounds: _any(rounds.wanted), take_round, rounds).found
     return found
 
 
@@ -213,7 +213,7 @@ def pose(apply_matrix, rhs: jax.Array, config: SolverConfig) -> tuple[Problem, j
 def nothing_found(problem: Problem) -> Solution:
     """Returns the start of every solve: 0, after no step."""
     rhs = problem.rhs
-    return Solution(jnp.zeros_like(rhs), rhs, jnp.zeros(rhs[..., :1, :].shape, jnp.int32))
+    return Solution(jnp.zeros_like(rhs), rhs, jnp.zeros(_row_shape(rhs), jnp.int32))
 
 
 def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
@@ -287,6 +287,16 @@ def end_round(problem: Problem, rounds: Rounds, steps: Steps) -> Rounds:
 
 def _unsolved(problem: Problem, size: jax.Array, num_steps: jax.Array) -> jax.Array:
     return (size > problem.target) & (num_steps < problem.max_steps)
+
+
+def _row_shape(x: jax.Array) -> tuple[int, ...]:
+    """Returns the shape [..., 1, c] of one number per token, for x [..., k, c]."""
+    return *x.shape[:-2], 1, x.shape[-1]
+
+
+def _any(marks: jax.Array) -> jax.Array:
+    """Returns whether any mark is true; kernels for GPUs have no such sum of booleans."""
+    return jnp.max(marks.astype(jnp.float32)) > 0
 
 
 def relative_size(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -39,16 +39,17 @@ def forward(
     tiles, final = cut(k, v, log_decay, beta, ridge, state, starts, config)
 
     def solve_and_read(inputs):
-        q, tile = inputs
+        q, tile, expected = inputs
         if not solver.max_steps:
             report = jnp.zeros(tile.decays.into.shape, jnp.int32), relative_size(q - algebra.matrix(tile)(q), q)
             return algebra.read_out(q, tile), q, report, None
-        factor = factor_tile(tile, solver)
+        factor = factor_tile(tile, expected, solver)
         found = nested.solve_tile(q, tile, factor, solver)
         report = found.num_steps, relative_size(found.residual, q)
         return algebra.read_out(found.solution, tile), found.solution, report, factor
 
-    out, x, report, factors = _map_tiles(solve_and_read, (to_columns(q, c), tiles))
+    arrays = to_columns(q, c), tiles, nested.expected_decays(tiles.decays)
+    out, x, report, factors = _map_tiles(solve_and_read, arrays)
     out, x, (num_steps, residual) = jax.tree.map(lambda y: to_sequence(y, length), (out, x, report))
     return out, final, x, SolveReport(num_steps[..., 0], residual[..., 0]), factors
 
@@ -91,12 +92,12 @@ def backward(
     return dq, dk, dv, dlog_decay[..., 0], dbeta[..., 0], jnp.sum(grads.ridge, axis=(0, 1))[..., 0], dstate
 
 
-def factor_tile(tile: algebra.Tile, solver: SolverConfig) -> Factor | None:
-    """Factors a tile where that is worth it; None if the solver does not use factors at all."""
+def factor_tile(tile: algebra.Tile, expected: jax.Array, solver: SolverConfig) -> Factor | None:
+    """Factors a tile of this expected log decay where that is worth it; None if the solver uses no factors at all."""
     if solver.preconditioner == "none" or not nested.serves(*tile.k.shape[-2:]):
         return None
     make = functools.partial(nested.make_factor, factorise=nested.Factorise(_invert, _whiten))
-    return jax.lax.cond(jnp.any(nested.is_worth_it(tile.decays)), make, nested.no_factor, tile)
+    return jax.lax.cond(jnp.any(nested.is_worth_it(expected)), make, nested.no_factor, tile, expected)
 
 
 def _invert(matrix: jax.Array) -> jax.Array:

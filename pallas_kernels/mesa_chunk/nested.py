@@ -1,15 +1,14 @@
 """The nested preconditioner: one factor that nearly solves all tokens of a chunk (README.md, section 3)."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mesa_chunk import solver
+from pallas_kernels.mesa_chunk import positive, solver
 from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrix, places, sum_down
-from pallas_kernels.mesa_chunk.products import split, times, times_parts, transpose
+from pallas_kernels.mesa_chunk.products import split, times, times_parts, times_transposed, transpose, transposed_times
 from pallas_kernels.mesa_chunk.solver import Method, Solution, SolverConfig
 
 # How much a chunk is expected to keep where nothing is known: at the beginning of a document.
@@ -29,18 +28,6 @@ class Factor(NamedTuple):
     rows: jax.Array  # [c, k], w_s
     log_anchor: jax.Array  # [1, 1] log of the frozen multiple of the ridge, for the chunk's first document
     usable: jax.Array  # [1, 1] bool; if not, all others are 0
-
-
-class Factorise(NamedTuple):
-    """The two dense steps of a factor, as the platform does them best; NaN where a matrix is not positive.
-
-    Attributes:
-      invert: maps a symmetric positive definite matrix [k, k] to its inverse.
-      whiten: maps such a matrix [c, c] and rows [c, k] to L^-1 rows, L its Cholesky factor.
-    """
-
-    invert: Callable[[jax.Array], jax.Array]
-    whiten: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def serves(c: int, k: int) -> bool:
@@ -67,7 +54,7 @@ def is_worth_it(expected: jax.Array) -> jax.Array:
     return expected >= math.log(LEAST_KEPT)
 
 
-def make_factor(tile: Tile, expected: jax.Array, factorise: Factorise) -> Factor:
+def make_factor(tile: Tile, expected: jax.Array) -> Factor:
     """Factors the frozen systems of a tile of this expected log decay [1, 1].
 
     What is not finite or not worth it is marked, and holds zeros.
@@ -75,12 +62,12 @@ def make_factor(tile: Tile, expected: jax.Array, factorise: Factorise) -> Factor
     decays, log_anchor = tile.decays, -expected / 2
     frozen = _frozen(decays, log_anchor)
     sees_state = jnp.where(decays.into[..., :1] > 0, 1.0, 0.0)
-    inverse = factorise.invert(sees_state * tile.kk + _diagonal(jnp.exp(log_anchor) * tile.ridge))
+    inverse = positive.inverse(sees_state * tile.kk + _diagonal(jnp.exp(log_anchor) * tile.ridge))
     keys = transpose(tile.k) * jnp.sqrt(jnp.where(frozen.near, tile.beta * frozen.scale, 0))
     solved = jnp.where(decays.in_first, times(inverse, keys), keys / (frozen.anchor * tile.ridge))
-    gram = jnp.where(decays.together, times(transpose(solved), keys), 0)
+    gram = jnp.where(decays.together, transposed_times(solved, keys), 0)
     i, j = places(gram.shape[-1])
-    rows = factorise.whiten(gram + jnp.where(i == j, 1.0, 0.0), transpose(solved))
+    rows = times_transposed(positive.inverse_root(gram + jnp.where(i == j, 1.0, 0.0)), solved)
     # a sum is finite only if all its terms are
     total = jnp.sum(sum_down(inverse), axis=-1, keepdims=True) + jnp.sum(sum_down(rows), axis=-1, keepdims=True)
     usable = is_worth_it(expected) & jnp.isfinite(total)
@@ -116,9 +103,9 @@ def pose_tile(
 
 
 def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
-    """Steps that need the factor only: A_t is M_t and a multiple of the ridge, and M_t times a direction is known.
+    """Steps that need the factor only: A_t is M_t and a multiple of the ridge, and M_t times M_t^-1 r is r.
 
-    The direction is added up of preconditioned residuals M_t^-1 r, so M_t times it is the same sum of residuals.
+    Directions are sums of such vectors, so what A_t makes of them is added up along with them.
     """
     decays, frozen = tile.decays, _frozen(tile.decays, factor.log_anchor)
     ridge = frozen.anchor * tile.ridge
@@ -130,11 +117,12 @@ def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
 
     def search(r):
         taken = times_parts(rows, r) * visible
-        return dense * times_parts(inverse, r) + diagonal * r - times_parts(columns, taken), r
+        z = dense * times_parts(inverse, r) + diagonal * r - times_parts(columns, taken)
+        return z, r + shift * z
 
     return Method(
         search=search,
-        image=lambda direction, frozen: frozen + shift * direction,
+        image=lambda direction, image: image,
         wanted=factor.usable & frozen.near,
         scale=frozen.scale,
         num_directions=2,

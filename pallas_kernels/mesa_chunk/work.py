@@ -1,5 +1,7 @@
 """Multiply-adds of a solve per token and head, as `xla.py` executes them; k is the key size, c the chunk's length."""
 
+from pallas_kernels.mesa_chunk import positive
+
 
 def application(k: int, c: int) -> float:
     """Of the matrix, or of the factor that the nested preconditioner shares: k^2 + 2 c k."""
@@ -9,11 +11,10 @@ def application(k: int, c: int) -> float:
 def factor(k: int, c: int) -> float:
     """Of the factor of a chunk, made once for its forward and its adjoint solve, shared evenly by its tokens.
 
-    A symmetric inverse [k, k] (Cholesky, triangular inverse, product of the halves), the keys times it, their Gram
-    matrix, its Cholesky factor, and the triangular solve with c x k right-hand sides.
+    A symmetric inverse [k, k], the keys times it, their Gram matrix [c, c], the inverse of its Cholesky factor, and
+    that times the keys.
     """
-    inverse = k**3 / 6 + k**3 / 2 + k**3
-    return (inverse + c * k * k + c * c * k + c**3 / 6 + c * c * k / 2) / c
+    return (positive.inverse_work(k) + c * k * k + 2 * c * c * k + positive.inverse_root_work(c)) / c
 
 
 def steps(num_steps: float, num_residuals: float, k: int, c: int) -> float:

@@ -6,13 +6,12 @@ are one batch.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.mesa_chunk import algebra, nested, products
+from pallas_kernels.mesa_chunk import algebra, nested
 from pallas_kernels.mesa_chunk.chunks import even_length, scan_states, to_chunks, to_columns, to_rows, to_sequence
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
@@ -96,20 +95,8 @@ def factor_tile(tile: algebra.Tile, expected: jax.Array, solver: SolverConfig) -
     """Factors a tile of this expected log decay where that is worth it; None if the solver uses no factors at all."""
     if solver.preconditioner == "none" or not nested.serves(*tile.k.shape[-2:]):
         return None
-    make = functools.partial(nested.make_factor, factorise=nested.Factorise(_invert, _whiten))
-    return jax.lax.cond(jnp.any(nested.is_worth_it(expected)), make, nested.no_factor, tile, expected)
-
-
-def _invert(matrix: jax.Array) -> jax.Array:
-    identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-    half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return products.transposed_times(half, half)
-
-
-def _whiten(matrix: jax.Array, rows: jax.Array) -> jax.Array:
-    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-    return jax.lax.linalg.triangular_solve(lower, rows, left_side=True, lower=True)
+    worth = jnp.any(nested.is_worth_it(expected))
+    return jax.lax.cond(worth, nested.make_factor, nested.no_factor, tile, expected)
 
 
 def cut(k, v, log_decay, beta, ridge, state: MesaState, starts, config: XlaConfig) -> tuple[algebra.Tile, MesaState]:

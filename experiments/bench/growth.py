@@ -55,7 +55,7 @@ def peak_memory(case: Case, lengths: tuple[int, ...]) -> Memory:
 
 def decoding_time(case: Case, contexts: tuple[int, ...], rounds: int) -> Decoding:
     """Times `mesa_step` after contexts of different length; the slope's error comes from the spread over rounds."""
-    step = jax.jit(functools.partial(mesa_step, solver=SolverConfig(max_steps=30)), donate_argnums=6)
+    step = jax.jit(functools.partial(mesa_step, solver=SolverConfig(tolerance=0.0)), donate_argnums=6)
     runs = {str(context): _decoder(step, case, context) for context in contexts}
     times = take_turns(runs, rounds)
     seconds = np.stack([times[str(context)].seconds for context in contexts])

@@ -80,7 +80,7 @@ def _operands(case: Case) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="tolerance")
 def _solve_all(operands, *, tolerance: float):
-    """Returns counts [tiles] by solver and side, and which tiles [tiles] use their factor."""
+    """Returns counts [tiles] by solver and side, and for which tiles [tiles] a factor is made."""
 
     def solve_tile(inputs):
         q, dout, tile, expected = inputs
@@ -94,7 +94,7 @@ def _solve_all(operands, *, tolerance: float):
         for precision, config in factors.items():
             solvers[f"nested {precision}"] = functools.partial(_nested, tile=tile, factor=shared, config=config)
         counts = {name: {side: solve(rhs) for side, rhs in sides.items()} for name, solve in solvers.items()}
-        return counts, jnp.zeros((), bool) if shared is None else jnp.all(shared.usable)
+        return counts, jnp.zeros((), bool) if shared is None else nested.is_worth_it(expected)[0, 0]
 
     q, dout, tiles = _tiles(operands)
     arrays = q, dout, tiles, nested.expected_decays(tiles.decays)

@@ -110,7 +110,9 @@ def compare(name: str, case: Case, rounds: int) -> list[Row]:
     theirs = _yardstick_residuals(arrays, dout, tensors)
     solve = functools.partial(_residuals, operator, arrays, dout)
     plain, ours = _first_as_good(
-        solve, theirs, [SolverConfig(max_steps=n, preconditioner="none") for n in range(STEPS, STEPS + 6)]
+        solve,
+        theirs,
+        [SolverConfig(max_steps=n, tolerance=0.0, preconditioner="none") for n in range(STEPS, STEPS + 6)],
     )
     worst = float(theirs.max(axis=(1, 2)).min())
     loosest_first = [SolverConfig(max_steps=STEPS, tolerance=worst * f, preconditioner="nested") for f in FRACTIONS]

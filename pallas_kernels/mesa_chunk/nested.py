@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk import positive, solver
-from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrix, places, sum_down
+from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrix, places, sum_down, to_column
 from pallas_kernels.mesa_chunk.products import split, times, times_parts, times_transposed, transpose, transposed_times
 from pallas_kernels.mesa_chunk.solver import Method, Solution, SolverConfig
 
@@ -27,7 +27,7 @@ class Factor(NamedTuple):
     inverse: jax.Array  # [k, k], B: of the state before the chunk with the frozen ridge
     rows: jax.Array  # [c, k], w_s
     log_anchor: jax.Array  # [1, 1] log of the frozen multiple of the ridge, for the chunk's first document
-    usable: jax.Array  # [1, 1] bool; if not, all others are 0
+    usable: jax.Array  # [1, c] bool, whether it is of use to a token; what belongs to others is 0
 
 
 def serves(c: int, k: int) -> bool:
@@ -57,28 +57,34 @@ def is_worth_it(expected: jax.Array) -> jax.Array:
 def make_factor(tile: Tile, expected: jax.Array) -> Factor:
     """Factors the frozen systems of a tile of this expected log decay [1, 1].
 
-    What is not finite or not worth it is marked, and holds zeros.
+    Tokens for which it is not worth it or not finite are marked. What overflows spoils later tokens of its document,
+    and neither earlier ones nor other documents.
     """
-    decays, log_anchor = tile.decays, -expected / 2
+    decays, worth = tile.decays, is_worth_it(expected)
+    log_anchor = jnp.where(worth, -expected / 2, 0)
     frozen = _frozen(decays, log_anchor)
     sees_state = jnp.where(decays.into[..., :1] > 0, 1.0, 0.0)
     inverse = positive.inverse(sees_state * tile.kk + _diagonal(jnp.exp(log_anchor) * tile.ridge))
-    keys = transpose(tile.k) * jnp.sqrt(jnp.where(frozen.near, tile.beta * frozen.scale, 0))
+    sound = worth & _is_finite(inverse)
+    inverse = jnp.where(sound, inverse, 0)
+    usable = worth & frozen.near & (sound | ~decays.in_first)
+    keys = transpose(tile.k) * jnp.sqrt(jnp.where(usable, tile.beta * frozen.scale, 0))
     solved = jnp.where(decays.in_first, times(inverse, keys), keys / (frozen.anchor * tile.ridge))
     gram = jnp.where(decays.together, transposed_times(solved, keys), 0)
+    overflow = jnp.where(jnp.isfinite(_sum_visible(gram, decays)), 0.0, 1.0)
+    usable &= _sum_visible(to_column(overflow), decays) == 0
+    solved, gram = (jnp.where(usable, x, 0) for x in (solved, gram))
     i, j = places(gram.shape[-1])
-    rows = times_transposed(positive.inverse_root(gram + jnp.where(i == j, 1.0, 0.0)), solved)
-    # a sum is finite only if all its terms are
-    total = jnp.sum(sum_down(inverse), axis=-1, keepdims=True) + jnp.sum(sum_down(rows), axis=-1, keepdims=True)
-    usable = is_worth_it(expected) & jnp.isfinite(total)
-    inverse, rows, log_anchor = (jnp.where(usable, x, 0) for x in (inverse, rows, log_anchor))
-    return Factor(inverse, rows, log_anchor, usable)
+    gram = jnp.where(to_column(jnp.where(usable, 1.0, 0.0)) > 0, gram, 0) + jnp.where(i == j, 1.0, 0.0)
+    rows = times_transposed(positive.inverse_root(gram, least=1.0), solved)
+    usable &= _is_finite(rows)
+    return Factor(inverse, jnp.where(_is_finite(rows), rows, 0), log_anchor, usable)
 
 
 def no_factor(tile: Tile, expected: jax.Array) -> Factor:
     """Returns what stands for the factor of a tile that is not worth one."""
-    nothing = jnp.zeros_like(expected)
-    return Factor(jnp.zeros_like(tile.kk), jnp.zeros_like(tile.k), nothing, nothing > 0)
+    nobody = jnp.zeros_like(tile.decays.in_first)
+    return Factor(jnp.zeros_like(tile.kk), jnp.zeros_like(tile.k), jnp.zeros_like(expected), nobody)
 
 
 def solve_tile(rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig) -> Solution:
@@ -123,7 +129,7 @@ def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
     return Method(
         search=search,
         image=lambda direction, image: image,
-        wanted=factor.usable & frozen.near,
+        wanted=factor.usable,
         scale=frozen.scale,
         num_directions=2,
         reduction=solver.reduction(precision, tile.k.dtype),
@@ -142,6 +148,16 @@ def _frozen(decays: Decays, log_anchor: jax.Array) -> _Frozen:
     log_anchor = jnp.where(decays.in_first, log_anchor, -math.log(UNKNOWN_KEPT) / 2)
     near = -decays.log_since <= log_anchor + math.log(MOST_APART)
     return _Frozen(jnp.exp(log_anchor), jnp.exp(jnp.where(near, -decays.log_since, 0)), near)
+
+
+def _sum_visible(x: jax.Array, decays: Decays) -> jax.Array:
+    """Returns the sums [1, c] of x [c, c] or [c, 1] over what each token sees of its document."""
+    return sum_down(jnp.where(decays.visible, x, 0))
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    """Returns [1, 1] bool; a sum is finite only if all its terms are."""
+    return jnp.isfinite(jnp.sum(sum_down(x), axis=-1, keepdims=True))
 
 
 def _diagonal(column: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mesa_chunk import algebra, nested, pallas_tpu_kernel, xla
+from pallas_kernels.mesa_chunk import algebra, nested, pallas_tpu_kernel, work, xla
 from pallas_kernels.mesa_chunk.chunks import scan_states, to_chunks, to_columns, to_rows, to_sequence
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
@@ -111,7 +111,8 @@ def forward_tiles(
     (c, k), v = tiles.k.shape[-2:], tiles.v.shape[-1]
     body = functools.partial(pallas_tpu_kernel.forward, config=solver)
     shapes = ForwardResults((v, c), (k, c), (1, c), (1, c))
-    return _call(body, "mesa_chunk_forward", (q, tiles, factors), shapes, config, interpret, memory=(k, c))
+    flops = 2 * c * work.steps(solver.max_steps, 2, k, c)
+    return _call(body, "mesa_chunk_forward", (q, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
 
 
 def adjoint_tiles(
@@ -128,7 +129,8 @@ def adjoint_tiles(
     (c, k), v = tiles.k.shape[-2:], tiles.v.shape[-1]
     body = functools.partial(pallas_tpu_kernel.adjoint, config=solver)
     shapes = AdjointResults((k, c), (k, c), (k, k), (k, v))
-    return _call(body, "mesa_chunk_adjoint", (x, dout, tiles, factors), shapes, config, interpret, memory=(k, c))
+    flops = 2 * c * work.steps(solver.max_steps, 3, k, c)
+    return _call(body, "mesa_chunk_adjoint", (x, dout, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
 
 
 def cotangent_tiles(
@@ -138,7 +140,8 @@ def cotangent_tiles(
     (c, k), v = tiles.k.shape[-2:], tiles.v.shape[-1]
     shapes = algebra.Cotangents((k, c), (v, c), (1, c), (1, c), (k, 1))
     arguments = (x, y, residual, dout, tiles, *after)
-    return _call(pallas_tpu_kernel.cotangents, "mesa_chunk_cotangents", arguments, shapes, config, interpret)
+    flops = 2 * c * work.cotangents(k, c)
+    return _call(pallas_tpu_kernel.cotangents, "mesa_chunk_cotangents", arguments, shapes, flops, config, interpret)
 
 
 def _tiles(
@@ -160,7 +163,7 @@ def _tiles(
 
 
 def _factors(tiles: TileArrays, solver: SolverConfig) -> Factor | None:
-    """Factors all tiles in one batch, on the compiler's Cholesky decomposition; marks are float32, for the kernels."""
+    """Factors all tiles in one batch; marks are float32, for the kernels."""
     if not solver.max_steps:
         return None
     tile = tiles.tile()
@@ -168,7 +171,16 @@ def _factors(tiles: TileArrays, solver: SolverConfig) -> Factor | None:
     return None if found is None else found._replace(usable=found.usable.astype(jnp.float32))
 
 
-def _call(body, name: str, arguments, shapes, config: TpuConfig, interpret, memory: tuple[int, int] | None = None):
+def _call(
+    body,
+    name: str,
+    arguments,
+    shapes,
+    flops: float,
+    config: TpuConfig,
+    interpret,
+    memory: tuple[int, int] | None = None,
+):
     """Runs a kernel body over trees of arrays [n, b, h, ...], a few tiles at a time.
 
     Args:
@@ -176,6 +188,7 @@ def _call(body, name: str, arguments, shapes, config: TpuConfig, interpret, memo
       name: of the kernel.
       arguments: the trees.
       shapes: of the results of a tile, as a tree of the type to return.
+      flops: of a tile that takes all its steps, as most do not; what the compiler schedules other work by.
       config, interpret: how to run.
       memory: shape of each array of Memory for a tile; None if the body takes none.
     """
@@ -196,6 +209,11 @@ def _call(body, name: str, arguments, shapes, config: TpuConfig, interpret, memo
         in_specs=[_tiles_of(g, x.shape[1:]) for x in arrays],
         out_specs=[_tiles_of(g, shape) for shape in shapes],
         out_shape=[jax.ShapeDtypeStruct((num_tiles, *shape), jnp.float32) for shape in shapes],
+        cost_estimate=pl.CostEstimate(
+            flops=int(num_tiles * flops),
+            transcendentals=num_tiles * arrays[0].shape[-1] ** 2,
+            bytes_accessed=4 * (sum(x.size for x in arrays) + num_tiles * sum(map(math.prod, shapes))),
+        ),
         scratch_shapes=[pltpu.VMEM((g, *memory), jnp.float32) for _ in Memory._fields] if memory else [],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=config.vmem_bytes),
         interpret=interpret,

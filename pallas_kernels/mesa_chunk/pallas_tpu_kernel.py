@@ -179,7 +179,9 @@ def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, mem
     first = []
     for i in heads:
         found = Solution(memory.solution[i], memory.residual[i], num_steps[i])
-        first.append(rows_of(solver.first_round(problems[i], methods[i], found)))
+        rounds = solver.first_round(problems[i], methods[i], found)
+        memory.solution[i], memory.residual[i] = rounds.found.solution, rounds.found.residual
+        first.append(rows_of(rounds))
     rows = while_loop(lambda rows: _any([r.wanted for r in rows]), take_round, tuple(first))
     return [r.num_steps for r in rows]
 

@@ -13,40 +13,45 @@ LEAF = 32  # rows of a block that is eliminated row by row; of 16, 32 and 64 the
 
 
 def inverse(a: jax.Array) -> jax.Array:
-    """Returns a^-1 [..., n, n]."""
-    n = a.shape[-1]
-    if n <= LEAF:
-        root = inverse_root(a)
-        return transposed_times(root, root)
-    m = n // 2
-    first, across = inverse(a[..., :m, :m]), a[..., :m, m:]
-    spread = times(first, across)
-    last = inverse(a[..., m:, m:] - transposed_times(across, spread))
-    corner = -times(spread, last)
-    return _blocks(first - times_transposed(corner, spread), corner, transpose(corner), last)
+    """Returns a^-1 [..., n, n].
+
+    Of its root, although Schur complements of inverses are fewer products: those lose the square of the condition.
+    """
+    root, m = inverse_root(a), a.shape[-1] // 2
+    first, below, last = root[..., :m, :m], root[..., m:, :m], root[..., m:, m:]
+    corner = transposed_times(last, below)  # above it the root is 0
+    above = transposed_times(first, first) + transposed_times(below, below)
+    return _blocks(above, transpose(corner), corner, transposed_times(last, last))
 
 
-def inverse_root(a: jax.Array) -> jax.Array:
-    """Returns L^-1 [..., n, n], L the lower Cholesky factor of a; row i depends on the first i + 1 rows of a alone."""
+def inverse_root(a: jax.Array, least: float = 0.0) -> jax.Array:
+    """Returns L^-1 [..., n, n], L the lower Cholesky factor of a; row i depends on the first i + 1 rows of a alone.
+
+    Args:
+      a: the matrix.
+      least: a number below its smallest eigenvalue, if one is known; squares on the diagonal of L that rounding has
+        brought below it are raised to it.
+    """
     n = a.shape[-1]
     if n <= LEAF:
-        return _eliminate(a)
+        return _eliminate(a, least)
     m = n // 2
-    first = inverse_root(a[..., :m, :m])
+    first = inverse_root(a[..., :m, :m], least)
     across = times(first, a[..., :m, m:])
-    last = inverse_root(a[..., m:, m:] - transposed_times(across, across))
+    last = inverse_root(a[..., m:, m:] - transposed_times(across, across), least)
     corner = -times(times_transposed(last, across), first)
     return _blocks(first, jnp.zeros_like(transpose(corner)), corner, last)
 
 
-def _eliminate(a: jax.Array) -> jax.Array:
+def _eliminate(a: jax.Array, least: float) -> jax.Array:
     """Returns L^-1: what becomes of the identity under the row operations that turn a into L'."""
     n = a.shape[-1]
     i = jax.lax.broadcasted_iota(jnp.int32, (n, 1), 0)
 
     def take_row(j, both):
         row, column = (jax.lax.dynamic_slice_in_dim(both, j, 1, axis) for axis in (-2, -1))
-        size = jax.lax.rsqrt(jax.lax.dynamic_slice_in_dim(row, j, 1, axis=-1))
+        pivot = jax.lax.dynamic_slice_in_dim(row, j, 1, axis=-1)
+        size = jax.lax.rsqrt(jnp.maximum(pivot, least) if least else pivot)
         below = jnp.where(i > j, column * size, 0)
         return jnp.where(i == j, row * size, both - below * (row * size))
 
@@ -56,7 +61,7 @@ def _eliminate(a: jax.Array) -> jax.Array:
 
 def inverse_work(n: int) -> float:
     """Returns the multiply-adds of `inverse`."""
-    return inverse_root_work(n) + n**3 if n <= LEAF else inverse_work(n // 2) + inverse_work(n - n // 2) + n**3 / 2
+    return inverse_root_work(n) + n**3 / 2
 
 
 def inverse_root_work(n: int) -> float:

@@ -23,22 +23,22 @@ class SolverConfig:
     Attributes:
       max_steps: steps at most. 0 skips the solve and reads out with the query itself, which turns the layer into gated
         linear attention (arXiv 2506.05233, section 3).
-      tolerance: a token stops once ||residual|| <= tolerance * ||right-hand side||, or once more steps change nothing.
+      tolerance: a token stops once ||residual|| <= tolerance * ||right-hand side||, or once more steps change nothing;
+        with 0 it is solved as far as its numbers go. At the default a model trains as with exact solves (README.md,
+        section 3), in an eighth of the steps.
       preconditioner: "none" for plain conjugate gradient. "nested" shares one factor among all tokens of a chunk
         (README.md, section 3) and needs far fewer steps where little is forgotten; tiles that forget fast, short chunks
-        and single tokens are preconditioned by the ridge alone. With "nested" the way to the solution, not the
-        solution, depends on the gates of the whole chunk: outputs see later gates by as much as the residual that is
-        left, so choose a tolerance at which that does not matter.
+        and single tokens are preconditioned by the ridge alone.
       precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16". Residuals are computed
         anew in float32 between rounds of steps, so that a lower precision costs steps before it costs accuracy. Single
-        tokens are solved in float32. Without a factor "bfloat16" does not converge on every input: a state rounded to
-        8 bits need not be positive definite. Reports tell.
+        tokens are solved in float32. Where a condition is beyond what the precision resolves, some 1e2 for "bfloat16"
+        and 1e5 for "bfloat16_3x", steps do not converge. Reports tell.
       adjoint_max_steps, adjoint_tolerance: the same for the solve of the backward pass; None takes those above.
     """
 
     max_steps: int = 30
-    tolerance: float = 0.0
-    preconditioner: str = "none"
+    tolerance: float = 1e-4
+    preconditioner: str = "nested"
     precision: str = "float32"
     adjoint_max_steps: int | None = None
     adjoint_tolerance: float | None = None
@@ -48,7 +48,7 @@ class SolverConfig:
             steps = getattr(self, field)
             if steps is None and field.startswith("adjoint"):
                 continue
-            if not isinstance(steps, int) or steps > MOST_STEPS:
+            if not isinstance(steps, int) or isinstance(steps, bool) or steps > MOST_STEPS:
                 raise ValueError(f"SolverConfig: {field}={steps} must be a whole number up to {MOST_STEPS}.")
             if steps < 0:
                 raise ValueError(f"SolverConfig: {field}={steps} is negative; use 0 or more.")
@@ -56,7 +56,7 @@ class SolverConfig:
             value = getattr(self, field)
             if value is None and field.startswith("adjoint"):
                 continue
-            if value is None or not 0.0 <= value < 1.0:
+            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
                 raise ValueError(f"SolverConfig: {field}={value} is outside [0, 1); 1e-4 is a common choice.")
         for field, known in {"preconditioner": PRECONDITIONERS, "precision": PRECISIONS}.items():
             if getattr(self, field) not in known:
@@ -199,6 +199,8 @@ class Steps(NamedTuple):
 _AIM = 0.8
 # A round that leaves more than this of the residual is the last one of its token: rounding has the word.
 _PROGRESS = 0.7
+# A round in which a residual grows by more than this is one that diverges, and is not taken over.
+_GROWTH = 1e3
 # A method that leaves more than this of the right-hand side has failed on its token.
 _FAILED = 0.1
 
@@ -220,10 +222,16 @@ def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
     """Returns where the tokens of a method stand before its first round.
 
     It takes up what no method has touched or the one before has failed on, not what rounding kept from the last digits.
+    What has been made worse than it was begins at 0 again.
     """
-    size = _dot(found.residual, found.residual)
-    untouched = (found.num_steps == 0) | (size > _FAILED**2 * _dot(problem.rhs, problem.rhs))
-    return Rounds(found, size, method.wanted & untouched & _unsolved(problem, size, found.num_steps))
+    size, nothing = _dot(found.residual, found.residual), nothing_found(problem)
+    begun = _dot(problem.rhs, problem.rhs)
+    worse, untouched = size > begun, (found.num_steps == 0) | (size > _FAILED**2 * begun)
+    solution = jnp.where(worse, nothing.solution, found.solution)
+    residual = jnp.where(worse, nothing.residual, found.residual)
+    size = jnp.where(worse, begun, size)
+    wanted = method.wanted & untouched & _unsolved(problem, size, found.num_steps)
+    return Rounds(Solution(solution, residual, found.num_steps), size, wanted)
 
 
 def first_step(method: Method, rounds: Rounds) -> Steps:
@@ -245,24 +253,27 @@ def is_going(
 ) -> jax.Array:
     """Returns which tokens [1, c] take another step in a round that began with residuals of `begun_size`."""
     aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun_size)
-    return wanted & (size > aim) & (num_steps < problem.max_steps)
+    return wanted & (size > aim) & (size <= _GROWTH**2 * begun_size) & (num_steps < problem.max_steps)
 
 
 def step(method: Method, going: jax.Array, steps: Steps) -> Steps:
     """Takes one step of conjugate gradient with the tokens that are going (arXiv 2506.05233, Algorithm 1)."""
     searched = method.search(steps.residual)
-    # without a preconditioner the sum is known already
-    energy = steps.size if searched[0] is steps.residual else _dot(steps.residual, searched[0])
+    # not steps.size, even without a preconditioner: a compiler may round the residual that is summed there and the one
+    # that is kept in two ways, and where little is left of it a step that is too long by that much makes it grow
+    energy = jnp.maximum(_dot(steps.residual, searched[0]), 0)
     conjugacy = _divide(energy, steps.energy)
     direction = tuple(s + conjugacy * d for s, d in zip(searched, steps.direction, strict=True))
     image = method.image(*direction)
     step_size = jnp.where(going, _divide(energy, _dot(direction[0], image)), 0)
     residual = steps.residual - step_size * image
+    # where something is not positive there is no way down, and the round is over: what is left counts as nothing
+    stuck = going & (step_size == 0)
     return Steps(
         solution=steps.solution + step_size * direction[0],
         residual=residual,
         direction=direction,
-        size=_dot(residual, residual) / method.scale**2,
+        size=jnp.where(stuck, 0, _dot(residual, residual) / method.scale**2),
         energy=energy,
         num_steps=steps.num_steps + going.astype(jnp.int32),
     )
@@ -274,7 +285,7 @@ def end_round(problem: Problem, rounds: Rounds, steps: Steps) -> Rounds:
     residual = problem.rhs - problem.apply_matrix(solution)
     size = _dot(residual, residual)
     # what the recurrence takes for progress and the residual does not was rounding; NaN fails the comparison too
-    accept = size <= jnp.maximum(rounds.size, 4 * steps.size)
+    accept = size <= jnp.minimum(jnp.maximum(rounds.size, 4 * steps.size), _GROWTH**2 * rounds.size)
     found = Solution(
         solution=jnp.where(accept, solution, rounds.found.solution),
         residual=jnp.where(accept, residual, rounds.found.residual),

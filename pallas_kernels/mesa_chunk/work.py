@@ -17,6 +17,11 @@ def factor(k: int, c: int) -> float:
     return (positive.inverse_work(k) + c * k * k + 2 * c * c * k + positive.inverse_root_work(c)) / c
 
 
+def cotangents(k: int, c: int) -> float:
+    """Of the gradients of a tile, values as large as keys: products over the chunk, and with the states' cotangents."""
+    return 8 * c * k + 4 * k * k
+
+
 def steps(num_steps: float, num_residuals: float, k: int, c: int) -> float:
     """Of steps that apply one matrix each, and of the residuals that are computed anew with another application each.
 

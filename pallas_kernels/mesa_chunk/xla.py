@@ -6,6 +6,7 @@ are one batch.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from pallas_kernels.mesa_chunk import algebra, nested
 from pallas_kernels.mesa_chunk.chunks import even_length, scan_states, to_chunks, to_columns, to_rows, to_sequence
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
-from pallas_kernels.mesa_chunk.solver import SolverConfig, relative_size
+from pallas_kernels.mesa_chunk.solver import Solution, SolverConfig, relative_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,23 @@ class XlaConfig:
 
 
 def forward(
-    q, k, v, log_decay, beta, ridge, state, starts, *, solver: SolverConfig, config=XlaConfig()
+    q,
+    k,
+    v,
+    log_decay,
+    beta,
+    ridge,
+    state,
+    starts,
+    *,
+    solver: SolverConfig,
+    config=XlaConfig(),
+    solve_tile: Callable[..., Solution] = nested.solve_tile,
 ) -> tuple[jax.Array, MesaState, jax.Array, SolveReport, Factor | None]:
-    """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k], their report, the tiles' factors."""
+    """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k], their report, the tiles' factors.
+
+    `solve_tile` takes and returns what that of nested.py does, on a CPU for one tile, elsewhere for all in one batch.
+    """
     length, c = q.shape[1], even_length(q.shape[1], config.chunk_length)
     tiles, final = cut(k, v, log_decay, beta, ridge, state, starts, config)
 
@@ -43,7 +58,7 @@ def forward(
             report = jnp.zeros(tile.decays.into.shape, jnp.int32), relative_size(q - algebra.matrix(tile)(q), q)
             return algebra.read_out(q, tile), q, report, None
         factor = factor_tile(tile, expected, solver)
-        found = nested.solve_tile(q, tile, factor, solver)
+        found = solve_tile(q, tile, factor, solver)
         report = found.num_steps, relative_size(found.residual, q)
         return algebra.read_out(found.solution, tile), found.solution, report, factor
 
@@ -62,6 +77,7 @@ def backward(
     *,
     solver: SolverConfig,
     config=XlaConfig(),
+    solve_tile: Callable[..., Solution] = nested.solve_tile,
 ) -> tuple:
     """Returns the cotangents of (q, k, v, log_decay, beta, ridge, state).
 
@@ -70,6 +86,7 @@ def backward(
       x: its solutions [b, t, h, k].
       factors: its factors, if it had any.
       dout, dstate: cotangents of the outputs [b, t, h, v] and of the final state.
+      solver, config, solve_tile: as in `forward`.
     """
     length, c = x.shape[1], even_length(x.shape[1], config.chunk_length)
     tiles, _ = cut(*inputs, config=config)
@@ -78,7 +95,7 @@ def backward(
     def solve_adjoint(inputs):
         x, dout, tile, factor = inputs
         rhs = algebra.adjoint_rhs(dout, tile)
-        adjoint = nested.solve_tile(rhs, tile, factor, solver.adjoint)
+        adjoint = solve_tile(rhs, tile, factor, solver.adjoint)
         dq = adjoint.solution if solver.max_steps else rhs
         return dq, adjoint, algebra.added_cotangents(x, adjoint.solution, dout, tile.decays)
 

@@ -13,7 +13,7 @@ from pallas_kernels.mesa_chunk.cases import CASES, Inputs, sample
 from pallas_kernels.mesa_chunk.solver import PRECONDITIONERS
 
 IMPLEMENTATIONS = ["xla"]
-CONVERGED = SolverConfig(max_steps=60)
+CONVERGED = SolverConfig(max_steps=60, tolerance=0.0)
 SOLVERS = {name: dataclasses.replace(CONVERGED, preconditioner=name) for name in PRECONDITIONERS}
 
 

@@ -38,7 +38,8 @@ def test_reference_equals_the_oracle_in_value_and_gradient(name, segment_ids):
 def test_first_token_is_answered_by_the_sherman_morrison_formula(implementation):
     inputs = small("below_a_chunk")
     empty = inputs._replace(kk=0 * inputs.kk, kv=0 * inputs.kv)
-    out = differentiate(empty, random_cotangents(inputs), dtype="float64", implementation=implementation).values["out"]
+    choices = dict(dtype="float64", implementation=implementation, solver=SolverConfig(tolerance=0.0))
+    out = differentiate(empty, random_cotangents(inputs), **choices).values["out"]
     q, k, v, _, beta, ridge = (x[:, 0] if x.ndim > 2 else x for x in empty[:6])
     loss = beta * np.sum(k * q / ridge, -1) / (1 + beta * np.sum(k * k / ridge, -1))
     assert_near(out[:, 0], loss[..., None] * v, ORACLE["float64"])
@@ -50,7 +51,8 @@ def test_last_token_is_answered_by_ridge_regression_on_all_before(name, implemen
     """The objective itself, arXiv 2506.05233, eq. 8: least squares weighted by decay and strength, plus the ridge."""
     inputs = small(name)
     empty = inputs._replace(kk=0 * inputs.kk, kv=0 * inputs.kv)
-    out = differentiate(empty, random_cotangents(inputs), dtype="float64", implementation=implementation).values["out"]
+    choices = dict(dtype="float64", implementation=implementation, solver=SolverConfig(tolerance=0.0))
+    out = differentiate(empty, random_cotangents(inputs), **choices).values["out"]
     for b, h in np.ndindex(out.shape[0], out.shape[2]):
         total = np.cumsum(inputs.log_decay[b, :, h])
         weight = np.sqrt(np.exp(total[-1] - total) * inputs.beta[b, :, h])[:, None]

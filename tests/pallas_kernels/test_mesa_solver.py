@@ -39,7 +39,7 @@ def solve(matrices, rhs, config: SolverConfig):
 def test_solution_is_that_of_a_dense_solve():
     matrices, rhs = systems(5, 8)
     with jax.enable_x64(True):
-        found = solve(matrices, jnp.asarray(rhs), SolverConfig(max_steps=12))
+        found = solve(matrices, jnp.asarray(rhs), SolverConfig(max_steps=12, tolerance=0.0))
         assert_near(found.solution, np.linalg.solve(matrices, rhs[..., None])[..., 0], LAW["float64"])
 
 
@@ -47,7 +47,7 @@ def test_residual_of_the_recursion_is_the_residual_of_the_solution_at_any_step()
     matrices, rhs = systems(5, 8)
     with jax.enable_x64(True):
         for steps in range(6):
-            found = solve(matrices, jnp.asarray(rhs), SolverConfig(max_steps=steps))
+            found = solve(matrices, jnp.asarray(rhs), SolverConfig(max_steps=steps, tolerance=0.0))
             truth = rhs - np.einsum("nij,nj->ni", matrices, found.solution)
             assert_near(found.residual, truth, 10 * LAW["float64"], f"residual after {steps} steps")
 
@@ -56,18 +56,18 @@ def test_residual_of_the_recursion_is_the_residual_of_the_solution_at_any_step()
 def test_solutions_scale_with_the_right_hand_side(scale):
     matrices, rhs = systems(5, 8)
     exact = 2.0 ** np.round(np.log2(scale))  # a power of two rounds nothing
-    plain = solve(np.float32(matrices), jnp.float32(rhs), SolverConfig())
-    scaled = solve(np.float32(matrices), jnp.float32(rhs * exact), SolverConfig())
+    plain = solve(np.float32(matrices), jnp.float32(rhs), SolverConfig(tolerance=0.0))
+    scaled = solve(np.float32(matrices), jnp.float32(rhs * exact), SolverConfig(tolerance=0.0))
     np.testing.assert_array_equal(scaled.solution / np.float32(exact), plain.solution)
 
 
 def test_nothing_to_solve_gives_zero_and_takes_no_step():
-    found = solve(np.float32(systems(3, 8)[0]), jnp.zeros((3, 8)), SolverConfig())
+    found = solve(np.float32(systems(3, 8)[0]), jnp.zeros((3, 8)), SolverConfig(tolerance=0.0))
     assert not found.solution.any() and not found.num_steps.any()
 
 
 def test_a_singular_matrix_gives_finite_numbers():
-    found = solve(np.zeros((3, 8, 8), np.float32), jnp.ones((3, 8)), SolverConfig())
+    found = solve(np.zeros((3, 8, 8), np.float32), jnp.ones((3, 8)), SolverConfig(tolerance=0.0))
     assert np.isfinite(found.solution).all()
 
 
@@ -126,7 +126,9 @@ def test_reported_residual_is_that_of_the_dense_system(max_steps):
     """Values of 0 and gates of 1 keep a memory that starts as the identity, so that the outputs are the solutions."""
     inputs = sample(dataclasses.replace(HARD, length=70, num_heads=2, key_dim=8, value_dim=8))
     inputs = inputs._replace(v=0 * inputs.v, kv=np.broadcast_to(np.eye(8), inputs.kv.shape))
-    out, _, report = _run([jnp.float32(x) for x in inputs], solver=SolverConfig(max_steps=max_steps), with_report=True)
+    out, _, report = _run(
+        [jnp.float32(x) for x in inputs], solver=SolverConfig(max_steps=max_steps, tolerance=0.0), with_report=True
+    )
     rounded = type(inputs)(*(np.float64(np.float32(x)) for x in inputs))
     error = rounded.q - np.einsum("bthij,bthj->bthi", oracles.mesa(*rounded).matrices, out)
     truth = np.linalg.norm(error, axis=-1) / np.linalg.norm(rounded.q, axis=-1)

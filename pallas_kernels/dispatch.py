@@ -42,6 +42,13 @@ def on_tpu(*operands, kernel: Callable, elsewhere: Callable):
     return jax.lax.platform_dependent(*operands, tpu=kernel, default=elsewhere)
 
 
+def require(operator: str, implementation: str, reason: str | None) -> None:
+    """Raises NotImplementedError if a kernel cannot run, for a reason of its own or since its platform is not here."""
+    reason = reason or why_not_here(implementation.removeprefix("pallas_"))
+    if reason is not None:
+        raise NotImplementedError(f"{operator}: implementation={implementation!r} cannot run this: {reason}.")
+
+
 def why_not_here(platform: str) -> str | None:
     """Returns a reason if what runs on `platform` alone cannot run in this process, as part of a sentence."""
     found = jax.default_backend()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,9 @@ from pallas_kernels.mesa_chunk import pallas_tpu_kernel
 from pallas_kernels.mesa_chunk.nested import Factor
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import StepRows, TileArrays
 from pallas_kernels.mesa_chunk.products import PRECISIONS
+from pallas_kernels.mesa_chunk.solver import Steps
+from pallas_kernels.mesa_step import pallas_tpu as step_tpu
+from pallas_kernels.mesa_step import pallas_tpu_kernel as step_tpu_kernel
 from pallas_kernels.router_descent.contract import Inputs
 
 Built = tuple[Callable, tuple[Any, ...]]  # a function, and its arguments as trees of jax.ShapeDtypeStruct
@@ -78,24 +82,27 @@ def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
     arrays = TileArrays(matrix, matrix, row, row, starts, matrix, matrix, array(size, 1))
     if solver is None:
         return mesa_tpu.cotangent_tiles, (matrix, matrix, matrix, matrix, arrays, MesaState(matrix, matrix))
-    factor = Factor(matrix, matrix, array(1, 1)) if solver.preconditioner == "nested" else None
+    factor = Factor(matrix, matrix, array(1, 1), row) if solver.preconditioner == "nested" else None
     columns = (matrix,) if kernel == "forward" else (matrix, matrix)
     function = mesa_tpu.forward_tiles if kernel == "forward" else mesa_tpu.adjoint_tiles
-    return functools.partial(_of_steps, steps, functools.partial(function, solver=solver)), (*columns, arrays, factor)
+    return _of_steps(steps, pallas_tpu_kernel, functools.partial(function, solver=solver)), (*columns, arrays, factor)
 
 
-def _of_steps(steps: int, function: Callable, *arrays):
-    """Traces a kernel with loops of known length, the only ones the compiler's model counts.
+def _of_steps(steps: int, kernels: ModuleType, function: Callable) -> Callable:
+    """Returns a function whose kernels are traced with loops of known length, the only ones the model counts.
 
     The look at whether any token goes on, once a turn, is not in them.
     """
 
     def counted(_, body, start):
-        turns = steps if isinstance(start[0], StepRows) else 1
-        return jax.lax.fori_loop(0, turns, lambda _, carry: body(carry), start)
+        is_round = not isinstance(start, Steps) and not isinstance(start[0], StepRows)
+        return jax.lax.fori_loop(0, 1 if is_round else steps, lambda _, carry: body(carry), start)
 
-    with mock.patch.object(pallas_tpu_kernel, "while_loop", counted):
-        return function(*arrays)
+    def traced(*arrays):
+        with mock.patch.object(kernels, "while_loop", counted):
+            return function(*arrays)
+
+    return traced
 
 
 def mesa_row(kernel: str, chips: Iterable[str] = CHIPS, **choices: str) -> Kernel:
@@ -116,6 +123,27 @@ def mesa_row(kernel: str, chips: Iterable[str] = CHIPS, **choices: str) -> Kerne
     )
 
 
+def build_mesa_step(steps: int) -> Built:
+    """One token of a program full of heads of size 128, the solve one round of so many plain steps."""
+    lead, size = (1, step_tpu.TpuConfig().side_by_side), 128
+    function = functools.partial(step_tpu.forward, solver=SolverConfig(max_steps=30, tolerance=1e-4))
+    array = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    row, gate, matrix = (array((*lead, *axes)) for axes in ((size,), (), (size, size)))
+    arguments = (row, row, row, gate, gate, array((lead[1], size)), MesaState(matrix, matrix))
+    return _of_steps(steps, step_tpu_kernel, function), arguments
+
+
+MESA_STEP = Kernel(
+    name="mesa_step",
+    case="none float32",
+    build=build_mesa_step,
+    steps=(5, 10),
+    per=step_tpu.TpuConfig().side_by_side,
+    per_name="token and head",
+    chips=("v5e", "v6e"),  # the matrices are turned in a loop of 64 turns that takes the estimate a minute
+)
+
+
 MESA = (
     *(mesa_row("forward", preconditioner="none", precision=p) for p in PRECISIONS),
     *(mesa_row("forward", preconditioner="nested", precision=p) for p in PRECISIONS),
@@ -124,6 +152,7 @@ MESA = (
 )
 KERNELS = (
     *MESA,
+    MESA_STEP,
     router_descent_row(5, 6, 21),
     router_descent_row(16, 8, 32),
     router_descent_row(32, 8, 64),

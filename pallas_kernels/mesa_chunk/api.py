@@ -6,7 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.mesa_chunk import pallas_tpu, vjp
+from pallas_kernels.mesa_chunk import pallas_gpu, pallas_tpu, vjp
 from pallas_kernels.mesa_chunk.contract import (
     LOWEST_LOG_DECAY,
     MesaState,
@@ -18,6 +18,8 @@ from pallas_kernels.mesa_chunk.contract import (
 )
 from pallas_kernels.mesa_chunk.reference import mesa_chunk_reference
 from pallas_kernels.mesa_chunk.solver import SolverConfig
+
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 def mesa_chunk(
@@ -58,7 +60,8 @@ def mesa_chunk(
       solver: when a token's solve ends.
       with_report: also return how well each token was solved.
       implementation: "reference" (dense solves token by token, differentiated by JAX; exact whatever the budget),
-        "xla", "pallas_tpu" (kernels, on TPUs alone), or None, which is "xla" until the kernels have run on a TPU.
+        "xla", "pallas_tpu" and "pallas_gpu" (kernels, on these platforms alone), or None, which is "xla" until the
+        kernels have run there.
 
     Returns:
       (out [b, t, h, v] in the dtype of v, state after the last token), and a SolveReport if asked for.
@@ -68,12 +71,10 @@ def mesa_chunk(
       NotImplementedError: the named implementation cannot run this.
     """
     check_inputs("mesa_chunk", q, k, v, log_decay, beta, ridge, state, time_axis=True)
-    chosen = dispatch.resolve("mesa_chunk", implementation, ("reference", "pallas_tpu", "xla"))
+    chosen = dispatch.resolve("mesa_chunk", implementation, ("reference", "pallas_tpu", "pallas_gpu", "xla"))
     out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
-    if chosen == "pallas_tpu":
-        reason = pallas_tpu.why_not(dtype, q.shape[-1], v.shape[-1]) or dispatch.why_not_here("tpu")
-        if reason is not None:
-            raise NotImplementedError(f"mesa_chunk: implementation='pallas_tpu' cannot run this: {reason}.")
+    if chosen in KERNELS:
+        dispatch.require("mesa_chunk", chosen, KERNELS[chosen].why_not(dtype, q.shape[-1], v.shape[-1]))
     state = zero_state(q, v) if state is None else state
     if segment_ids is None:
         starts = jnp.zeros(q.shape[:2], jnp.int32)

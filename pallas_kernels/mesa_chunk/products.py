@@ -4,18 +4,55 @@ The matrix units of accelerators multiply bfloat16. float32 costs them six passe
 parts of each operand keep 16 bits, one pass keeps 8. The first operand is split by `split`, once for all its products.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 PRECISIONS = ("float32", "bfloat16_3x", "bfloat16")
 
-Parts = tuple[jax.Array, ...]
-"""A matrix at some precision: itself, or its leading bfloat16 parts."""
+COLUMNS = 16  # of a stored matrix that are loaded at once; the least there may be
 
 
-def split(x: jax.Array, precision: str) -> Parts:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A matrix that stays in a kernel's memory, at some precision.
+
+    Each product loads it anew, a few columns at a time: the registers of a GPU hold no such matrix.
+    """
+
+    ref: jax.Ref  # [n, m]
+    precision: str = "float32"
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the entries."""
+        return self.ref.dtype
+
+    def times(self, y: jax.Array) -> jax.Array:
+        """Returns the product with y [m, c]; transposed, with y [n, c]."""
+        first, *others = lax.split(y, [COLUMNS] * (y.shape[0] // COLUMNS), axis=0)
+        total = self._times_piece(0, first)
+        for i, piece in enumerate(others, 1):  # one after another: products that wait to be added up take registers
+            total = total + self._times_piece(i, piece)
+        return total
+
+    def _times_piece(self, i: int, piece: jax.Array) -> jax.Array:
+        taken = slice(i * COLUMNS, (i + 1) * COLUMNS)
+        columns = transpose(self.ref[taken, :]) if self.transposed else self.ref[:, taken]
+        return times_parts(split(columns, self.precision), piece)
+
+
+Parts = tuple[jax.Array, ...] | Stored
+"""A matrix at some precision: itself, or its leading bfloat16 parts, or where they are."""
+
+
+def split(x: jax.Array | Stored, precision: str) -> Parts:
     """Returns the parts of x [..., n, m] that products at this precision use; float64 stays whole."""
+    if isinstance(x, Stored):
+        return dataclasses.replace(x, precision=precision)
     if precision == "float32" or x.dtype == jnp.float64:
         return (x,)
     if precision == "bfloat16":
@@ -28,6 +65,8 @@ def split(x: jax.Array, precision: str) -> Parts:
 
 def times_parts(x: Parts, y: jax.Array) -> jax.Array:
     """Returns x y [..., n, m] for x [..., n, k] and y [..., k, m], at the precision of x."""
+    if isinstance(x, Stored):
+        return x.times(y)
     if x[0].dtype == y.dtype:
         return times(x[0], y)
     y_parts = split(y, "bfloat16" if len(x) == 1 else "bfloat16_3x")
@@ -53,6 +92,8 @@ def transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def transpose(x: jax.Array) -> jax.Array:
     """Returns x' [..., m, n] for x [..., n, m]."""
+    if isinstance(x, Stored):
+        return dataclasses.replace(x, transposed=not x.transposed)
     return jnp.swapaxes(x, -1, -2)
 
 

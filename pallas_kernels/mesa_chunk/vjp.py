@@ -5,12 +5,12 @@ from typing import NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.mesa_chunk import pallas_tpu, xla
+from pallas_kernels.mesa_chunk import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 
-BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
+BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 class Residuals(NamedTuple):

@@ -10,7 +10,9 @@ from pallas_kernels import dispatch
 from pallas_kernels.mesa_chunk.api import mesa_chunk
 from pallas_kernels.mesa_chunk.contract import LOWEST_LOG_DECAY, MesaState, SolveReport, check_inputs, solver_dtype
 from pallas_kernels.mesa_chunk.solver import SolverConfig
-from pallas_kernels.mesa_step import xla
+from pallas_kernels.mesa_step import pallas_gpu, pallas_tpu, xla
+
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 def mesa_step(
@@ -32,37 +34,47 @@ def mesa_step(
 
     Work and memory do not depend on how many tokens came before. Donate `state` to update it in place.
 
+    Args:
+      q, k, v, log_decay, beta, ridge, state, solver, with_report: as in `mesa_chunk`.
+      implementation: "reference", "xla", "pallas_tpu" and "pallas_gpu" (kernels that read and write each state once,
+        on these platforms alone), or None, which is "xla" until the kernels have run there.
+
     Returns:
       (out [b, h, v] in the dtype of v, new state), and a SolveReport of [b, h] if asked for.
     """
     if state is None:
         raise TypeError("mesa_step: state is None; pass the MesaState that mesa_chunk or the last step returned.")
     check_inputs("mesa_step", q, k, v, log_decay, beta, ridge, state, time_axis=False)
-    chosen = dispatch.resolve("mesa_step", implementation, ("reference", "xla"))
+    chosen = dispatch.resolve("mesa_step", implementation, ("reference", "pallas_tpu", "pallas_gpu", "xla"))
     if chosen == "reference":
         return _as_chunk(
             q, k, v, log_decay, beta, ridge, state, solver=solver, with_report=with_report, implementation=chosen
         )
     out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
+    if chosen in KERNELS:
+        dispatch.require("mesa_step", chosen, KERNELS[chosen].why_not(dtype, q.shape[-1], v.shape[-1]))
     log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)
     q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
-    out, state, report = _step(q, k, v, log_decay, beta, ridge, state.astype(dtype), solver)
+    out, state, report = _step(q, k, v, log_decay, beta, ridge, state.astype(dtype), solver, chosen)
     out = out.astype(out_dtype)
     return (out, state, report) if with_report else (out, state)
 
 
-def _primal(q, k, v, log_decay, beta, ridge, state, solver: SolverConfig) -> tuple[jax.Array, MesaState, SolveReport]:
-    return xla.forward(q, k, v, log_decay, beta, ridge, state, config=solver)
+def _primal(
+    q, k, v, log_decay, beta, ridge, state, solver: SolverConfig, implementation: str
+) -> tuple[jax.Array, MesaState, SolveReport]:
+    back_end = KERNELS.get(implementation, xla)
+    return back_end.forward(q, k, v, log_decay, beta, ridge, state, solver=solver)
 
 
-_step = jax.custom_vjp(_primal, nondiff_argnums=(7,))
+_step = jax.custom_vjp(_primal, nondiff_argnums=(7, 8))
 
 
 def _step_forward(*args):
     return _step(*args), args[:7]
 
 
-def _step_backward(solver, inputs, cotangents):
+def _step_backward(solver, _, inputs, cotangents):
     _, pullback = jax.vjp(functools.partial(_as_chunk, solver=solver), *inputs)
     dout, dstate, _ = cotangents
     return pullback((dout, MesaState(*dstate)))

@@ -79,9 +79,8 @@ def _choose(implementation: str | None, inputs: Inputs) -> str:
         _log_once(reason)
         return "xla"
     chosen = dispatch.resolve("router_descent", implementation, AVAILABLE)
-    reason = reason or dispatch.why_not_here("tpu")
-    if chosen == "pallas_tpu" and reason is not None:
-        raise NotImplementedError(f"router_descent: implementation='pallas_tpu' cannot run this: {reason}.")
+    if chosen == "pallas_tpu":
+        dispatch.require("router_descent", chosen, reason)
     return chosen
 
 

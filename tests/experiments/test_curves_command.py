@@ -151,14 +151,15 @@ def test_the_trace_averages_over_scored_tokens_only(mesa):
 def test_a_sweep_compares_with_the_own_setting_and_does_not_score_it_twice(mesa):
     run = open_run(mesa)
     documents = held_out_documents(run.config.data, run.tokenizer)[:6]
-    own, passes = run.config.model.solver.max_steps, []
+    model = dataclasses.replace(run.config.model, solver=SolverConfig(tolerance=0.0))
+    own, passes = model.solver.max_steps, []
 
     def watch(batches):
         passes.append(len(batches))
         return batches
 
     found = solver.sweep(
-        run.config.model, run.params, documents, Grid(np.array([0, 4, 16])), Bands(100),
+        model, run.params, documents, Grid(np.array([0, 4, 16])), Bands(100),
         step_budgets=[own, 0], tolerances=[], batch_size=6, watch=watch,
     )  # fmt: skip
     same, without = found.series["step budget"]

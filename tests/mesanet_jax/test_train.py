@@ -88,7 +88,7 @@ def test_a_model_learns_a_batch_by_heart(pattern):
 def test_solver_metrics_are_true_for_mesa_and_nan_without_it():
     _, metrics = compiled()[1](compiled()[0], batch())
     assert 0 < metrics.solver_steps <= SMALL.solver.max_steps
-    assert 0 < metrics.solver_residual < 1e-5
+    assert 0 < metrics.solver_residual <= 1.001 * SMALL.solver.tolerance
     _, metrics = compiled(("attention",))[1](compiled(("attention",))[0], batch())
     assert np.isnan(metrics.solver_steps) and np.isnan(metrics.solver_residual)
 
@@ -159,7 +159,7 @@ def test_both_solves_of_a_training_step_share_one_factor():
         dataclasses.replace(SIZES["1b"], solver=SolverConfig(preconditioner=name)) for name in ("none", "nested")
     )
     factor = forward_flops(nested, 2048, 5) - forward_flops(plain, 2048, 5)
-    # 2.56 applications of 66 kFLOP for each of 28 layers of 12 heads
-    assert factor == pytest.approx(28 * 12 * 2.56 * 65_536, rel=1e-3)
+    # 2.375 applications of 66 kFLOP for each of 28 layers of 12 heads
+    assert factor == pytest.approx(28 * 12 * 2.375 * 65_536, rel=1e-3)
     assert training_flops(nested, 2048, 5) - training_flops(plain, 2048, 5) == pytest.approx(factor)
     assert forward_flops(nested, 1, 5) == forward_flops(plain, 1, 5)  # a single token has nobody to share one with

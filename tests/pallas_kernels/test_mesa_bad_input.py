@@ -42,7 +42,11 @@ SHARED = {
         "state.kk has dtype int32; pass a floating-point array.",
     ),
     "unknown name": (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown; use None or one of "),
-    "not there": (dict(implementation="pallas_gpu"), NotImplementedError, "implementation='pallas_gpu' is not "),
+    "not here": (
+        dict(implementation="pallas_gpu"),
+        NotImplementedError,
+        "implementation='pallas_gpu' cannot run this: this process computes on cpu, not on gpu; use None",
+    ),
 }
 ONLY_CHUNK = {
     "ids of floats": (dict(segment_ids=jnp.zeros((2, 4))), TypeError, "segment_ids have dtype float32; pass integers."),

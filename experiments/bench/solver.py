@@ -172,21 +172,12 @@ def executed_steps(problem: solver.Problem, methods: tuple[Method, ...]) -> tupl
 
         def take_round(carry, method=method):
             rounds, executed, computed = carry
-
-            def going(steps: solver.Steps):
-                begun = rounds.wanted, rounds.size
-                return solver.is_going(problem, method, *begun, steps.size, steps.num_steps)
-
-            steps = jax.lax.while_loop(
-                lambda steps: jnp.any(going(steps)),
-                lambda steps: solver.step(method, going(steps), steps),
-                solver.first_step(method, rounds),
-            )
+            steps = solver.take_steps(problem, method, rounds)
             taken = jnp.max(steps.num_steps - rounds.found.num_steps)
             return solver.end_round(problem, rounds, steps), executed + taken, computed + 1
 
         start = solver.first_round(problem, method, found), executed, computed
-        rounds, executed, computed = jax.lax.while_loop(lambda carry: jnp.any(carry[0].wanted), take_round, start)
+        rounds, executed, computed = jax.lax.while_loop(lambda carry: jnp.any(carry[0].wanted > 0), take_round, start)
         found = rounds.found
     return found.num_steps, executed, computed
 

@@ -13,12 +13,12 @@ from experiments.lower.chips import CHIPS
 from pallas_kernels import MesaState, SolverConfig, router_descent
 from pallas_kernels.mesa_chunk import pallas_tpu as mesa_tpu
 from pallas_kernels.mesa_chunk import pallas_tpu_kernel
+from pallas_kernels.mesa_chunk import solver as solvers
 from pallas_kernels.mesa_chunk.nested import Factor
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import StepRows, TileArrays
 from pallas_kernels.mesa_chunk.products import PRECISIONS
 from pallas_kernels.mesa_chunk.solver import Steps
 from pallas_kernels.mesa_step import pallas_tpu as step_tpu
-from pallas_kernels.mesa_step import pallas_tpu_kernel as step_tpu_kernel
 from pallas_kernels.router_descent.contract import Inputs
 
 Built = tuple[Callable, tuple[Any, ...]]  # a function, and its arguments as trees of jax.ShapeDtypeStruct
@@ -126,11 +126,11 @@ def mesa_row(kernel: str, chips: Iterable[str] = CHIPS, **choices: str) -> Kerne
 def build_mesa_step(steps: int) -> Built:
     """One token of a program full of heads of size 128, the solve one round of so many plain steps."""
     lead, size = (1, step_tpu.TpuConfig().side_by_side), 128
-    function = functools.partial(step_tpu.forward, solver=SolverConfig(max_steps=30, tolerance=1e-4))
+    function = functools.partial(step_tpu.forward, solver=SolverConfig(preconditioner="none"))
     array = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
     row, gate, matrix = (array((*lead, *axes)) for axes in ((size,), (), (size, size)))
     arguments = (row, row, row, gate, gate, array((lead[1], size)), MesaState(matrix, matrix))
-    return _of_steps(steps, step_tpu_kernel, function), arguments
+    return _of_steps(steps, solvers, function), arguments
 
 
 MESA_STEP = Kernel(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk import positive, solver
-from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrix, places, sum_down, to_column
+from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrix, places, sum_down, to_column, to_row
 from pallas_kernels.mesa_chunk.products import split, times, times_parts, times_transposed, transpose, transposed_times
 from pallas_kernels.mesa_chunk.solver import Method, Solution, SolverConfig
 
@@ -43,10 +43,9 @@ def expected_decays(decays: Decays) -> jax.Array:
     """
     tokens = jnp.sum(decays.together[..., -1:], axis=-2, keepdims=True)
     per_token = decays.log_since[..., -1:] / tokens
-    before = jnp.concatenate([jnp.zeros_like(per_token[:1]), per_token[:-1]])
-    first = jnp.arange(len(before)).reshape(-1, *[1] * (before.ndim - 1)) == 0
-    unknown = first | (decays.into[..., :1] == 0)
-    return jnp.where(unknown, math.log(UNKNOWN_KEPT), before * decays.into.shape[-1])
+    unknown = jnp.full_like(per_token, math.log(UNKNOWN_KEPT))
+    before = jnp.concatenate([unknown[:1], per_token[:-1] * decays.into.shape[-1]])
+    return jnp.where(decays.into[..., :1] > 0, before, unknown)
 
 
 def is_worth_it(expected: jax.Array) -> jax.Array:
@@ -65,20 +64,18 @@ def make_factor(tile: Tile, expected: jax.Array) -> Factor:
     frozen = _frozen(decays, log_anchor)
     sees_state = jnp.where(decays.into[..., :1] > 0, 1.0, 0.0)
     inverse = positive.inverse(sees_state * tile.kk + _diagonal(jnp.exp(log_anchor) * tile.ridge))
-    sound = worth & _is_finite(inverse)
+    sound = worth & jnp.isfinite(jnp.sum(sum_down(inverse), axis=-1, keepdims=True))
     inverse = jnp.where(sound, inverse, 0)
     usable = worth & frozen.near & (sound | ~decays.in_first)
     keys = transpose(tile.k) * jnp.sqrt(jnp.where(usable, tile.beta * frozen.scale, 0))
     solved = jnp.where(decays.in_first, times(inverse, keys), keys / (frozen.anchor * tile.ridge))
     gram = jnp.where(decays.together, transposed_times(solved, keys), 0)
-    overflow = jnp.where(jnp.isfinite(_sum_visible(gram, decays)), 0.0, 1.0)
-    usable &= _sum_visible(to_column(overflow), decays) == 0
-    solved, gram = (jnp.where(usable, x, 0) for x in (solved, gram))
+    usable &= _sees_finite(sum_down(jnp.where(decays.visible, gram, 0)), decays)
     i, j = places(gram.shape[-1])
-    gram = jnp.where(to_column(jnp.where(usable, 1.0, 0.0)) > 0, gram, 0) + jnp.where(i == j, 1.0, 0.0)
-    rows = times_transposed(positive.inverse_root(gram, least=1.0), solved)
-    usable &= _is_finite(rows)
-    return Factor(inverse, jnp.where(_is_finite(rows), rows, 0), log_anchor, usable)
+    gram = jnp.where(usable & _mark_rows(usable), gram, 0) + jnp.where(i == j, 1.0, 0.0)
+    rows = times_transposed(positive.inverse_root(gram, least=1.0), jnp.where(usable, solved, 0))
+    usable &= _sees_finite(to_row(jnp.sum(rows, axis=-1, keepdims=True)), decays)
+    return Factor(inverse, jnp.where(_mark_rows(usable), rows, 0), log_anchor, usable)
 
 
 def no_factor(tile: Tile, expected: jax.Array) -> Factor:
@@ -150,14 +147,14 @@ def _frozen(decays: Decays, log_anchor: jax.Array) -> _Frozen:
     return _Frozen(jnp.exp(log_anchor), jnp.exp(jnp.where(near, -decays.log_since, 0)), near)
 
 
-def _sum_visible(x: jax.Array, decays: Decays) -> jax.Array:
-    """Returns the sums [1, c] of x [c, c] or [c, 1] over what each token sees of its document."""
-    return sum_down(jnp.where(decays.visible, x, 0))
+def _sees_finite(sums: jax.Array, decays: Decays) -> jax.Array:
+    """Returns [1, c] bool: whether the sums [1, c] of all tokens are finite that a token sees; so are their terms."""
+    return sum_down(jnp.where(decays.visible & ~_mark_rows(jnp.isfinite(sums)), 1.0, 0.0)) == 0
 
 
-def _is_finite(x: jax.Array) -> jax.Array:
-    """Returns [1, 1] bool; a sum is finite only if all its terms are."""
-    return jnp.isfinite(jnp.sum(sum_down(x), axis=-1, keepdims=True))
+def _mark_rows(marks: jax.Array) -> jax.Array:
+    """Returns marks [1, c], bool, as [c, 1]."""
+    return to_column(jnp.where(marks, 1.0, 0.0)) > 0
 
 
 def _diagonal(column: jax.Array) -> jax.Array:

@@ -211,7 +211,7 @@ def _call(
         out_shape=[jax.ShapeDtypeStruct((num_tiles, *shape), jnp.float32) for shape in shapes],
         cost_estimate=pl.CostEstimate(
             flops=int(num_tiles * flops),
-            transcendentals=num_tiles * arrays[0].shape[-1] ** 2,
+            transcendentals=num_tiles * config.chunk_length**2,  # the decays of a tile
             bytes_accessed=4 * (sum(x.size for x in arrays) + num_tiles * sum(map(math.prod, shapes))),
         ),
         scratch_shapes=[pltpu.VMEM((g, *memory), jnp.float32) for _ in Memory._fields] if memory else [],

@@ -139,7 +139,7 @@ class RoundRows(NamedTuple):
     """What a loop over rounds carries of a tile, [1, c] each; the rest is in memory."""
 
     size: jax.Array
-    wanted: jax.Array  # float32, 1 where true: loops carry no booleans
+    wanted: jax.Array
     num_steps: jax.Array
 
 
@@ -157,10 +157,10 @@ def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, mem
 
     def rounds_of(i, rows: RoundRows) -> Rounds:
         found = Solution(memory.solution[i], memory.residual[i], rows.num_steps)
-        return Rounds(found, rows.size, rows.wanted > 0)
+        return Rounds(found, rows.size, rows.wanted)
 
     def rows_of(rounds: Rounds) -> RoundRows:
-        return RoundRows(rounds.size, rounds.wanted.astype(jnp.float32), rounds.found.num_steps)
+        return RoundRows(rounds.size, rounds.wanted, rounds.found.num_steps)
 
     def take_round(rows):
         begun = []
@@ -190,7 +190,7 @@ def _steps(problems, methods, rows: tuple[RoundRows, ...], begun: tuple[StepRows
     """Runs the steps of one round on all tiles."""
 
     def going(i: int, row: StepRows):
-        return solver.is_going(problems[i], methods[i], rows[i].wanted > 0, rows[i].size, row.size, row.num_steps)
+        return solver.is_going(problems[i], methods[i], rows[i].wanted, rows[i].size, row.size, row.num_steps)
 
     def advance(step_rows):
         after = []

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk.products import PRECISIONS
 
@@ -31,8 +32,8 @@ class SolverConfig:
         and single tokens are preconditioned by the ridge alone.
       precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16". Residuals are computed
         anew in float32 between rounds of steps, so that a lower precision costs steps before it costs accuracy. Single
-        tokens are solved in float32. Where a condition is beyond what the precision resolves, some 1e2 for "bfloat16"
-        and 1e5 for "bfloat16_3x", steps do not converge. Reports tell.
+        tokens are solved in float32. Where a condition is beyond what the precision resolves, steps do not
+        converge. Reports tell.
       adjoint_max_steps, adjoint_tolerance: the same for the solve of the backward pass; None takes those above.
     """
 
@@ -152,19 +153,24 @@ def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
     for method in methods:
 
         def take_round(rounds: Rounds, method=method):
-            def going(steps: Steps):
-                return is_going(problem, method, rounds.wanted, rounds.size, steps.size, steps.num_steps)
-
-            steps = jax.lax.while_loop(
-                lambda steps: _any(going(steps)),
-                lambda steps: step(method, going(steps), steps),
-                first_step(method, rounds),
-            )
-            return end_round(problem, rounds, steps)
+            return end_round(problem, rounds, take_steps(problem, method, rounds))
 
         rounds = first_round(problem, method, found)
-        found = jax.lax.while_loop(lambda rounds: _any(rounds.wanted), take_round, rounds).found
+        found = while_loop(lambda rounds: _any(rounds.wanted), take_round, rounds).found
     return found
+
+
+def take_steps(problem: "Problem", method: Method, rounds: "Rounds") -> "Steps":
+    """Takes the steps of one round."""
+
+    def going(steps: Steps):
+        return is_going(problem, method, rounds.wanted, rounds.size, steps.size, steps.num_steps)
+
+    return while_loop(
+        lambda steps: _any(going(steps)),
+        lambda steps: step(method, going(steps), steps),
+        first_step(method, rounds),
+    )
 
 
 class Problem(NamedTuple):
@@ -181,7 +187,7 @@ class Rounds(NamedTuple):
 
     found: Solution
     size: jax.Array  # [1, c] squared norm of the residual
-    wanted: jax.Array  # [1, c] bool, whether the token goes on
+    wanted: jax.Array  # [1, c] 1 where the token goes on, else 0, in float32: loops of kernels carry no booleans
 
 
 class Steps(NamedTuple):
@@ -231,7 +237,7 @@ def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
     residual = jnp.where(worse, nothing.residual, found.residual)
     size = jnp.where(worse, begun, size)
     wanted = method.wanted & untouched & _unsolved(problem, size, found.num_steps)
-    return Rounds(Solution(solution, residual, found.num_steps), size, wanted)
+    return Rounds(Solution(solution, residual, found.num_steps), size, wanted.astype(jnp.float32))
 
 
 def first_step(method: Method, rounds: Rounds) -> Steps:
@@ -253,7 +259,7 @@ def is_going(
 ) -> jax.Array:
     """Returns which tokens [1, c] take another step in a round that began with residuals of `begun_size`."""
     aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun_size)
-    return wanted & (size > aim) & (size <= _GROWTH**2 * begun_size) & (num_steps < problem.max_steps)
+    return (wanted > 0) & (size > aim) & (size <= _GROWTH**2 * begun_size) & (num_steps < problem.max_steps)
 
 
 def step(method: Method, going: jax.Array, steps: Steps) -> Steps:
@@ -292,8 +298,8 @@ def end_round(problem: Problem, rounds: Rounds, steps: Steps) -> Rounds:
         num_steps=steps.num_steps,
     )
     size = jnp.where(accept, size, rounds.size)
-    wanted = rounds.wanted & (size < _PROGRESS**2 * rounds.size) & _unsolved(problem, size, steps.num_steps)
-    return Rounds(found, size, wanted)
+    wanted = (rounds.wanted > 0) & (size < _PROGRESS**2 * rounds.size) & _unsolved(problem, size, steps.num_steps)
+    return Rounds(found, size, wanted.astype(jnp.float32))
 
 
 def _unsolved(problem: Problem, size: jax.Array, num_steps: jax.Array) -> jax.Array:

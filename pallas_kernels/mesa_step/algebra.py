@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk import solver
-from pallas_kernels.mesa_chunk.solver import Method, Problem, Solution, SolverConfig
+from pallas_kernels.mesa_chunk.solver import Solution, SolverConfig
 
 
 def solve(
@@ -14,7 +14,6 @@ def solve(
     times_state: Callable[[jax.Array], jax.Array],
     ridge: jax.Array,
     config: SolverConfig,
-    iterate: Callable[[Problem, tuple[Method, ...]], Solution] = solver.solve,
 ) -> Solution:
     """Solves (H + Lambda) x = rhs for columns [..., k, g], each with a matrix H of its own; without a solve x is rhs.
 
@@ -25,7 +24,6 @@ def solve(
       rhs, ridge: [..., k, g].
       times_state: maps x [..., k, g] to H x.
       config: of the solve.
-      iterate: the loops of solver.solve, for kernels that need others.
     """
 
     def apply_matrix(x):
@@ -35,5 +33,5 @@ def solve(
         return Solution(rhs, rhs - apply_matrix(rhs), jnp.zeros(rhs[..., :1, :].shape, jnp.int32))
     problem, scale = solver.pose(apply_matrix, rhs, config)
     diagonal = None if config.preconditioner == "none" else ridge
-    found = iterate(problem, (solver.exact_steps(apply_matrix, rhs, diagonal=diagonal),))
+    found = solver.solve(problem, (solver.exact_steps(apply_matrix, rhs, diagonal=diagonal),))
     return Solution(found.solution * scale, found.residual * scale, found.num_steps)

@@ -14,14 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
+from pallas_kernels.mesa_chunk.pallas_tpu import LANES, MEBIBYTE, why_not
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.mesa_step import pallas_tpu_kernel
 from pallas_kernels.mesa_step.pallas_tpu_kernel import StepResults, TokenArrays
 from pallas_kernels.tiling import round_up
 
-LANES, SUBLANES = 128, 8
-LARGEST = 256
-MEBIBYTE = 1 << 20
+SUBLANES = 8
+
+__all__ = ["TpuConfig", "forward", "why_not"]  # it runs what the kernels of mesa_chunk run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +38,6 @@ class TpuConfig:
     side_by_side: int = 64
     state_bytes: int = 48 * MEBIBYTE
     vmem_bytes: int = 60 * MEBIBYTE
-
-
-def why_not(dtype: jnp.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Returns why the kernel cannot run in this type at these sizes, as part of a sentence, or None if it can."""
-    if dtype != jnp.float32:
-        return f"the kernel computes in float32, not in {jnp.dtype(dtype)}"
-    if jnp.result_type(float) == jnp.float64:  # the setting, also where a context manager made it
-        return "kernels do not compile while jax_enable_x64 is on"
-    if max(key_dim, value_dim) > LARGEST:
-        return f"keys have size {key_dim} and values {value_dim}, and the kernel takes {LARGEST} at most"
-    return None
 
 
 def forward(

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.lax import fori_loop, while_loop
+from jax.lax import fori_loop
 
 from pallas_kernels.mesa_chunk import solver
 from pallas_kernels.mesa_chunk.algebra import sum_down
 from pallas_kernels.mesa_chunk.contract import MesaState
 from pallas_kernels.mesa_chunk.products import transpose
-from pallas_kernels.mesa_chunk.solver import Method, Problem, Rounds, Solution, SolverConfig, Steps
+from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.mesa_step import algebra
 
 
@@ -58,7 +58,7 @@ def step(token, state, results: StepResults, in_lanes, *, num_heads: int, config
     _advance(token, state, results)
     _to_lanes(results.kk, in_lanes)
     query = transpose(jnp.where(_exists(token, num_heads), token.q, 0))
-    found = algebra.solve(query, lambda x: sum_slabs(in_lanes, x), transpose(token.ridge), config, _iterate)
+    found = algebra.solve(query, lambda x: sum_slabs(in_lanes, x), transpose(token.ridge), config)
     results.out[...] = read_out(results.kv, found.solution)
     results.num_steps[0] = found.num_steps
     results.residual[0] = solver.relative_size(found.residual, query)
@@ -102,32 +102,3 @@ def sum_slabs(slabs, x: jax.Array) -> jax.Array:
 def read_out(memories, x: jax.Array) -> jax.Array:
     """Returns the rows G_h' x_h [g, v] for memories [g, k, v], a reference or an array, and x [k, g]."""
     return jnp.concatenate([sum_down(memories[h] * x[:, h : h + 1]) for h in range(x.shape[1])])
-
-
-def _iterate(problem: Problem, methods: tuple[Method, ...]) -> Solution:
-    """Runs the rounds of solver.solve with a single method; loops of kernels carry no booleans, and those do."""
-    (method,) = methods
-
-    def take_round(carry: Rounds) -> Rounds:
-        rounds = carry._replace(wanted=carry.wanted > 0)
-
-        def going(steps: Steps):
-            return solver.is_going(problem, method, rounds.wanted, rounds.size, steps.size, steps.num_steps)
-
-        steps = while_loop(
-            lambda steps: _any(going(steps)),
-            lambda steps: solver.step(method, going(steps), steps),
-            solver.first_step(method, rounds),
-        )
-        return _without_booleans(solver.end_round(problem, rounds, steps))
-
-    first = solver.first_round(problem, method, solver.nothing_found(problem))
-    return while_loop(lambda carry: _any(carry.wanted), take_round, _without_booleans(first)).found
-
-
-def _without_booleans(rounds: Rounds) -> Rounds:
-    return rounds._replace(wanted=rounds.wanted.astype(jnp.float32))
-
-
-def _any(row: jax.Array) -> jax.Array:
-    return jnp.max(row.astype(jnp.float32)) > 0

@@ -181,8 +181,8 @@ def test_the_gradient_through_the_kernel_is_that_of_a_sequence_of_one(interprete
     ("dim", "x64", "reason"),
     [
         (16, False, "this process computes on cpu, not on tpu; use None, which adapts"),
-        (257, False, "keys have size 257 and values 257, and the kernel takes 256 at most"),
-        (16, True, "the kernel computes in float32, not in float64"),
+        (257, False, "keys have size 257 and values 257, and the kernels take 256 at most"),
+        (16, True, "the kernels compute in float32, not in float64"),
     ],
 )
 def test_what_the_kernel_cannot_run_is_refused_with_the_reason(dim, x64, reason):

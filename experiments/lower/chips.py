@@ -26,6 +26,8 @@ def compile_for(chip: str, function: Callable, *arguments: Any) -> jax.stages.Co
       arguments: trees of jax.ShapeDtypeStruct.
     """
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-    core = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("core",), axis_types=(jax.sharding.AxisType.Auto,))
+    core = jax.NamedSharding(mesh, jax.P())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=core), arguments)
-    return jax.jit(function).lower(*placed).compile()
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*placed).compile()

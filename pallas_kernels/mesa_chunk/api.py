@@ -60,8 +60,8 @@ def mesa_chunk(
       solver: when a token's solve ends.
       with_report: also return how well each token was solved.
       implementation: "reference" (dense solves token by token, differentiated by JAX; exact whatever the budget),
-        "xla", "pallas_tpu" and "pallas_gpu" (kernels, on these platforms alone), or None, which is "xla" until the
-        kernels have run there.
+        "xla", "pallas_tpu" and "pallas_gpu" (kernels, on these platforms alone), or None: the kernel where the program
+        is for a TPU and it can run this, "xla" elsewhere, on GPUs until the kernels have been timed there.
 
     Returns:
       (out [b, t, h, v] in the dtype of v, state after the last token), and a SolveReport if asked for.
@@ -71,10 +71,9 @@ def mesa_chunk(
       NotImplementedError: the named implementation cannot run this.
     """
     check_inputs("mesa_chunk", q, k, v, log_decay, beta, ridge, state, time_axis=True)
-    chosen = dispatch.resolve("mesa_chunk", implementation, ("reference", "pallas_tpu", "pallas_gpu", "xla"))
     out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
-    if chosen in KERNELS:
-        dispatch.require("mesa_chunk", chosen, KERNELS[chosen].why_not(dtype, q.shape[-1], v.shape[-1]))
+    kernels = {name: kernel.why_not(dtype, q.shape[-1], v.shape[-1]) for name, kernel in KERNELS.items()}
+    chosen = dispatch.resolve("mesa_chunk", implementation, kernels)
     state = zero_state(q, v) if state is None else state
     if segment_ids is None:
         starts = jnp.zeros(q.shape[:2], jnp.int32)
@@ -89,7 +88,7 @@ def mesa_chunk(
     if chosen == "reference":
         out, final, report = mesa_chunk_reference(*inputs)
     else:
-        out, final, report = vjp.mesa_chunk(*inputs, solver, chosen)
+        out, final, report = vjp.mesa_chunk(inputs, solver, chosen)
     # kept by the same remat policy as the solutions: what uses the output would otherwise solve again to have it back
     out = checkpoint_name(out.astype(out_dtype), "mesa_solution")
     return (out, final, report) if with_report else (out, final)

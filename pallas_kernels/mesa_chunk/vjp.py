@@ -5,12 +5,28 @@ from typing import NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import dispatch
 from pallas_kernels.mesa_chunk import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 
 BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+
+
+def mesa_chunk(inputs: tuple, solver: SolverConfig, chosen: str) -> tuple[jax.Array, MesaState, SolveReport]:
+    """Returns outputs, final state and report, all arrays in the solver's dtype.
+
+    Args:
+      inputs: (q, k, v, log_decay, beta, ridge, state, starts).
+      solver: when a token's solve ends.
+      chosen: one of BACK_ENDS or "by_platform". The platform is chosen above the derivative: tiles, and with them what
+        is kept for the backward pass, have other sizes in other back ends.
+    """
+    if chosen != "by_platform":
+        return _differentiable(*inputs, solver, chosen)
+    kernel, elsewhere = (lambda *xs, name=name: _differentiable(*xs, solver, name) for name in ("pallas_tpu", "xla"))
+    return dispatch.on_tpu(*inputs, kernel=kernel, elsewhere=elsewhere)
 
 
 class Residuals(NamedTuple):
@@ -24,11 +40,10 @@ class Residuals(NamedTuple):
 def _primal(
     q, k, v, log_decay, beta, ridge, state, starts, solver: SolverConfig, back_end: str
 ) -> tuple[jax.Array, MesaState, SolveReport]:
-    """Returns outputs, final state and report; all arrays in the solver's dtype."""
     return _forward(q, k, v, log_decay, beta, ridge, state, starts, solver, back_end)[0]
 
 
-mesa_chunk = jax.custom_vjp(_primal, nondiff_argnums=(8, 9))
+_differentiable = jax.custom_vjp(_primal, nondiff_argnums=(8, 9))
 
 
 def _forward(q, k, v, log_decay, beta, ridge, state, starts, solver, back_end):
@@ -44,4 +59,4 @@ def _backward(solver, back_end, residuals: Residuals, cotangents):
     return (*grads, None)  # starts are integers
 
 
-mesa_chunk.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)

@@ -36,8 +36,7 @@ def mesa_step(
 
     Args:
       q, k, v, log_decay, beta, ridge, state, solver, with_report: as in `mesa_chunk`.
-      implementation: "reference", "xla", "pallas_tpu" and "pallas_gpu" (kernels that read and write each state once,
-        on these platforms alone), or None, which is "xla" until the kernels have run there.
+      implementation: as in `mesa_chunk`; these kernels read and write each state once.
 
     Returns:
       (out [b, h, v] in the dtype of v, new state), and a SolveReport of [b, h] if asked for.
@@ -45,14 +44,13 @@ def mesa_step(
     if state is None:
         raise TypeError("mesa_step: state is None; pass the MesaState that mesa_chunk or the last step returned.")
     check_inputs("mesa_step", q, k, v, log_decay, beta, ridge, state, time_axis=False)
-    chosen = dispatch.resolve("mesa_step", implementation, ("reference", "pallas_tpu", "pallas_gpu", "xla"))
+    out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
+    kernels = {name: kernel.why_not(dtype, q.shape[-1], v.shape[-1]) for name, kernel in KERNELS.items()}
+    chosen = dispatch.resolve("mesa_step", implementation, kernels)
     if chosen == "reference":
         return _as_chunk(
             q, k, v, log_decay, beta, ridge, state, solver=solver, with_report=with_report, implementation=chosen
         )
-    out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
-    if chosen in KERNELS:
-        dispatch.require("mesa_step", chosen, KERNELS[chosen].why_not(dtype, q.shape[-1], v.shape[-1]))
     log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)
     q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
     out, state, report = _step(q, k, v, log_decay, beta, ridge, state.astype(dtype), solver, chosen)
@@ -63,8 +61,11 @@ def mesa_step(
 def _primal(
     q, k, v, log_decay, beta, ridge, state, solver: SolverConfig, implementation: str
 ) -> tuple[jax.Array, MesaState, SolveReport]:
-    back_end = KERNELS.get(implementation, xla)
-    return back_end.forward(q, k, v, log_decay, beta, ridge, state, solver=solver)
+    inputs = (q, k, v, log_decay, beta, ridge, state)
+    if implementation == "by_platform":
+        kernel, elsewhere = (functools.partial(back_end.forward, solver=solver) for back_end in (pallas_tpu, xla))
+        return dispatch.on_tpu(*inputs, kernel=kernel, elsewhere=elsewhere)
+    return KERNELS.get(implementation, xla).forward(*inputs, solver=solver)
 
 
 _step = jax.custom_vjp(_primal, nondiff_argnums=(7, 8))

@@ -1,16 +1,11 @@
 """The public operator: checks, absent neighbours, the choice of an implementation; then the differentiable core."""
 
-import functools
-import logging
-
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.router_descent import pallas_tpu, vjp
 from pallas_kernels.router_descent.contract import Inputs, check_inputs, make_rule, prepare
 from pallas_kernels.router_descent.reference import router_descent_reference
-
-AVAILABLE = ("reference", "xla", "pallas_tpu")
 
 
 def router_descent(
@@ -51,7 +46,7 @@ def router_descent(
         dL/dtheta: mirror descent, routing times exp(-learning_rate * dL/dr), normalised.
       prox: adds prox * KL(routing at the start || r) to L in every step, for any optimizer as its gradient in theta.
       implementation: "reference" (the loss as written, jax.grad at every step), "xla", "pallas_tpu", or None: the
-        kernel where the program is compiled for a TPU and fits it, xla elsewhere.
+        kernel where the program is for a TPU and fits it, "xla" elsewhere.
 
     Returns:
       (routing after the last step, L there without the proximal term).
@@ -64,26 +59,7 @@ def router_descent(
     check_inputs(inputs)
     rule = make_rule(groups, optimizer, prox, readout.shape[2])
     inputs = prepare(inputs)
-    chosen = _choose(implementation, inputs)
+    chosen = dispatch.resolve("router_descent", implementation, {"pallas_tpu": pallas_tpu.why_not(inputs)})
     if chosen == "reference":
         return router_descent_reference(inputs, rule)
     return vjp.router_descent(inputs, rule, chosen)
-
-
-def _choose(implementation: str | None, inputs: Inputs) -> str:
-    """Returns "reference" or a key of vjp.BACK_ENDS."""
-    reason = pallas_tpu.why_not(inputs)
-    if implementation is None:
-        if reason is None:
-            return "by_platform"
-        _log_once(reason)
-        return "xla"
-    chosen = dispatch.resolve("router_descent", implementation, AVAILABLE)
-    if chosen == "pallas_tpu":
-        dispatch.require("router_descent", chosen, reason)
-    return chosen
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    logging.getLogger(__name__).info("router_descent runs in xla on every platform: %s", reason)

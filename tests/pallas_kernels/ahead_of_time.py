@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from experiments.lower import chips
 from experiments.lower.chips import CHIPS
 
-__all__ = ["CHIPS", "compile_for", "lower_for_cuda", "needs_libtpu"]
+__all__ = ["CHIPS", "compile_for", "lower_for_cuda", "needs_libtpu", "tracing_for_a_tpu"]
 
 GPUS = {"8.0": "NVIDIA A100-SXM4-80GB", "9.0": "NVIDIA H100 80GB HBM3"}  # by compute capability
 
@@ -25,6 +25,12 @@ def compile_for(chip: str, function, *arguments) -> str:
         for name, value in chips.ENVIRONMENT.items():
             patch.setenv(name, value)
         return chips.compile_for(chip, function, *arguments).as_text()
+
+
+def tracing_for_a_tpu():
+    """A context in which programs are traced as under a mesh of TPUs."""
+    tpu = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=tpu))
 
 
 def lower_for_cuda(function, *arguments, compute_capability: str) -> str:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ahead_of_time import tracing_for_a_tpu
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import PartitionSpec
 from jaxtyping import TypeCheckError, jaxtyped
@@ -24,8 +25,8 @@ def float32(inputs):
     return [jnp.float32(x) for x in inputs]
 
 
-def loss(*arrays, solver=SolverConfig(tolerance=0.0)):
-    out, state = mesa_chunk(*arrays[:6], MesaState(*arrays[6:]), solver=solver)
+def loss(*arrays, solver=SolverConfig(tolerance=0.0), implementation=None):
+    out, state = mesa_chunk(*arrays[:6], MesaState(*arrays[6:]), solver=solver, implementation=implementation)
     return jnp.sum(jnp.sin(out)) + jnp.sum(state.kk**2) + jnp.sum(state.kv)
 
 
@@ -165,3 +166,28 @@ def test_annotations_are_true(dtype):
     assert step[0].dtype == v.dtype and step[1].kk.dtype == jnp.float32
     with pytest.raises(TypeCheckError):
         checked(q, k, v, log_decay[..., None], beta, ridge)
+
+
+@functools.cache
+def traced_for_a_tpu(implementation: str | None):
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in sample(LONG)]
+    with tracing_for_a_tpu():
+        return jax.jit(jax.grad(functools.partial(loss, implementation=implementation), range(8))).trace(*shapes)
+
+
+def test_the_default_takes_the_kernels_where_the_program_is_for_a_tpu_and_xla_elsewhere():
+    program = traced_for_a_tpu(None).lower(lowering_platforms=("tpu",)).as_text()
+    assert all(f"mesa_chunk_{kernel}" in program for kernel in ("forward", "adjoint", "cotangents"))
+    assert "tpu_custom_call" not in traced_for_a_tpu("xla").lower(lowering_platforms=("tpu",)).as_text()
+    one = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(1, 2, 8)] * 3 + [(1, 2)] * 2 + [(2, 8)]]
+    state = MesaState(*[jax.ShapeDtypeStruct((1, 2, 8, 8), jnp.float32)] * 2)
+    with tracing_for_a_tpu():
+        step = jax.jit(mesa_step).trace(*one, state)
+    assert "mesa_step" in step.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_choice_that_waits_for_the_platform_keeps_no_more_than_the_one_that_is_made():
+    """Branches keep their own for the backward pass; those that are not taken must leave nothing behind."""
+    chosen, named = (traced_for_a_tpu(x).lower(lowering_platforms=("cpu",)).compile() for x in (None, "xla"))
+    assert "tpu_custom_call" not in chosen.as_text()
+    assert chosen.memory_analysis().temp_size_in_bytes <= named.memory_analysis().temp_size_in_bytes

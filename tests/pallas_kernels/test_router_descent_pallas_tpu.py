@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ahead_of_time import CHIPS, compile_for, needs_libtpu
+from ahead_of_time import CHIPS, compile_for, needs_libtpu, tracing_for_a_tpu
 from descents import arrays, descend, rounded
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import DESCENT, assert_near
 
-from pallas_kernels import router_descent
-from pallas_kernels.router_descent import api, pallas_tpu
+from pallas_kernels import dispatch, router_descent
+from pallas_kernels.router_descent import pallas_tpu
 from pallas_kernels.router_descent.cases import CASES, TILES, sample
 from pallas_kernels.router_descent.contract import Inputs, make_rule, prepare
 from pallas_kernels.router_descent.pallas_tpu import TpuConfig
@@ -86,12 +86,13 @@ def test_the_kernel_without_steps_gives_the_loss_at_the_start(config):
 
 def test_the_kernel_is_taken_where_the_program_is_compiled_for_a_tpu_and_xla_elsewhere():
     inputs = arrays(two_tiles(), "float32")
-    traced = jax.jit(router_descent).trace(*inputs)
+    with tracing_for_a_tpu():
+        traced = jax.jit(router_descent).trace(*inputs)
+        halves = jax.jit(router_descent).trace(*inputs._replace(readout=inputs.readout.astype(jnp.bfloat16)))
+        named = jax.jit(functools.partial(router_descent, implementation="xla")).trace(*inputs)
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
-    halves = jax.jit(router_descent).trace(*inputs._replace(readout=inputs.readout.astype(jnp.bfloat16)))
     assert "tensor<5x6x16x256xbf16>" in halves.lower(lowering_platforms=("tpu",)).as_text(), "fetched as they are"
-    named = jax.jit(functools.partial(router_descent, implementation="xla")).trace(*inputs)
     assert "tpu_custom_call" not in named.lower(lowering_platforms=("tpu",)).as_text()
 
 
@@ -105,10 +106,10 @@ def test_the_kernel_named_on_a_cpu_is_refused_with_a_reason():
 
 
 def test_what_does_not_fit_the_kernel_runs_in_xla_and_says_why_once(caplog):
-    api._log_once.cache_clear()
+    dispatch._log_once.cache_clear()
     inputs = Inputs(*(jnp.asarray(x, jnp.int32 if x.dtype == np.int32 else jnp.float32) for x in sample(CASES["moai"])))
     wide = inputs._replace(readout=jnp.zeros((5, 5, 6, 2000)), offset=jnp.zeros((5, 5, 2000)))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), tracing_for_a_tpu():
         for _ in range(2):
             traced = jax.jit(lambda *x: router_descent(*x)).trace(*wide)
             assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -152,7 +152,7 @@ def diagonal(tile: Tile) -> jax.Array:
 
 def _nested(rhs: jax.Array, *, tile: Tile, factor: Factor | None, config: SolverConfig) -> Counts:
     """Counts what the operator's solver executes; NaN for a residual if this count has lost track of it."""
-    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config)
+    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config, config.precision)
     found, executed, computed = executed_steps(problem, methods)
     truth = nested.solve_tile(rhs, tile, factor, config)
     same = jnp.all(truth.num_steps == found)

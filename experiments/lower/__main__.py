@@ -41,7 +41,7 @@ class LowerConfig:
     output: Path = Path("experiments/lower/costs.json")
     kernels: tuple[str, ...] = NAMES
     chips: tuple[str, ...] = tuple(CHIPS)
-    jobs: int = 1
+    jobs: int = 2
     check: bool = False
     markdown: bool = False
 

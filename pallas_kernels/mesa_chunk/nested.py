@@ -86,23 +86,23 @@ def no_factor(tile: Tile, expected: jax.Array) -> Factor:
 
 def solve_tile(rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig) -> Solution:
     """Solves (H_t + Lambda) x_t = rhs_t [k, c] for every token of the chunk."""
-    problem, methods, scale = pose_tile(rhs, tile, factor, config)
+    problem, methods, scale = pose_tile(rhs, tile, factor, config, config.precision)
     found = solver.solve(problem, methods)
     return Solution(found.solution * scale, found.residual * scale, found.num_steps)
 
 
 def pose_tile(
-    rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig
+    rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig, precision: str
 ) -> tuple[solver.Problem, tuple[Method, ...], jax.Array]:
     """Returns the problem of a tile, the methods to solve it with in this order, and the scale [1, c] of its solutions.
 
     The factor where there is a usable one, and for what is left steps on the matrix itself: where little is remembered
-    the ridge is most of it.
+    the ridge is most of it. `precision` is that of the products in a step: config's, or how a kernel comes by it.
     """
     problem, scale = solver.pose(matrix(tile), rhs, config)
     diagonal = None if config.preconditioner == "none" else tile.ridge
-    exact = solver.exact_steps(matrix(tile, config.precision), rhs, config.precision, diagonal)
-    return problem, (exact,) if factor is None else (_nested(tile, factor, config.precision), exact), scale
+    exact = solver.exact_steps(matrix(tile, precision), rhs, precision, diagonal)
+    return problem, (exact,) if factor is None else (_nested(tile, factor, precision), exact), scale
 
 
 def _nested(tile: Tile, factor: Factor, precision: str) -> Method:

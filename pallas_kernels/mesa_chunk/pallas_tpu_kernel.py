@@ -13,6 +13,7 @@ from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk import algebra, nested, solver
 from pallas_kernels.mesa_chunk.nested import Factor
+from pallas_kernels.mesa_chunk.products import SIX_PASSES
 from pallas_kernels.mesa_chunk.solver import Method, Problem, Rounds, Solution, SolverConfig, Steps
 
 
@@ -123,7 +124,8 @@ class _Solved(NamedTuple):
 
 def _solve(rhs, tiles, factors, memory: Memory, config: SolverConfig) -> list[_Solved]:
     """Solves the tiles side by side and leaves solutions and residuals in memory."""
-    posed = [nested.pose_tile(b, t, f, config) for b, t, f in zip(rhs, tiles, factors, strict=True)]
+    precision = SIX_PASSES if config.precision == "float32" else config.precision
+    posed = [nested.pose_tile(b, t, f, config, precision) for b, t, f in zip(rhs, tiles, factors, strict=True)]
     num_steps = []
     for i, (problem, _, _) in enumerate(posed):
         found = solver.nothing_found(problem)

@@ -1,16 +1,20 @@
 """Matrix products at a stated precision, of values that may sit in a kernel.
 
-The matrix units of accelerators multiply bfloat16. float32 costs them six passes; three passes over the two leading
-parts of each operand keep 16 bits, one pass keeps 8. The first operand is split by `split`, once for all its products.
+The matrix units of accelerators multiply bfloat16. float32 costs them six passes over three parts of each operand;
+three passes over the two leading parts keep 16 bits, one pass keeps 8. The first operand is split by `split`, once for
+all its products.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 PRECISIONS = ("float32", "bfloat16_3x", "bfloat16")
+SIX_PASSES = "bfloat16_6x"  # float32 by hand: left to itself, the compiler for TPUs splits both operands in every step
+NUM_PARTS = {"bfloat16": 1, "bfloat16_3x": 2, SIX_PASSES: 3}
 
 COLUMNS = 16  # of a stored matrix that are loaded at once; the least there may be
 
@@ -55,12 +59,14 @@ def split(x: jax.Array | Stored, precision: str) -> Parts:
         return dataclasses.replace(x, precision=precision)
     if precision == "float32" or x.dtype == jnp.float64:
         return (x,)
-    if precision == "bfloat16":
-        return (x.astype(jnp.bfloat16),)
-    # rounded bit by bit: compilers may take a cast there and back for nothing at all, and then nothing is left over
-    bits = (lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
-    high = lax.bitcast_convert_type(bits, jnp.float32)
-    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+    parts = []
+    for _ in range(NUM_PARTS[precision] - 1):
+        # rounded bit by bit: compilers may take a cast there and back for nothing at all, and then nothing is left over
+        bits = (lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
+        part = lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return (*parts, x.astype(jnp.bfloat16))
 
 
 def times_parts(x: Parts, y: jax.Array) -> jax.Array:
@@ -69,10 +75,12 @@ def times_parts(x: Parts, y: jax.Array) -> jax.Array:
         return x.times(y)
     if x[0].dtype == y.dtype:
         return times(x[0], y)
-    y_parts = split(y, "bfloat16" if len(x) == 1 else "bfloat16_3x")
-    # small terms first; the product of the two low parts is below what three passes keep
-    terms = [_multiply(a, b, -1, -2) for i, a in enumerate(x) for j, b in enumerate(y_parts) if i + j < len(x)]
-    return sum(reversed(terms[:-1]), terms[-1])
+    (precision,) = (name for name, number in NUM_PARTS.items() if number == len(x))
+    y_parts = split(y, precision)
+    # what is left out is below what is kept; small terms first, those of one part of y together, which a matrix unit
+    # holds while the parts of x pass, and each added before the next is begun: compilers keep to the order they get
+    pairs = [(a, b) for j, b in reversed(list(enumerate(y_parts))) for a in reversed(x[: len(x) - j])]
+    return functools.reduce(jnp.add, (_multiply(a, b, -1, -2) for a, b in pairs))
 
 
 def times(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import while_loop
 
-from pallas_kernels.mesa_chunk.products import PRECISIONS
+from pallas_kernels.mesa_chunk.products import PRECISIONS, SIX_PASSES
 
 PRECONDITIONERS = ("none", "nested")
 MOST_STEPS = 10_000
@@ -113,7 +113,9 @@ class Method(NamedTuple):
 
 def reduction(precision: str, dtype) -> float:
     """Returns to what share of itself a round may bring the residual before the recurrence has lost it."""
-    return 1e-13 if dtype == jnp.float64 else {"float32": 1e-5, "bfloat16_3x": 5e-5, "bfloat16": 1e-1}[precision]
+    if dtype == jnp.float64:
+        return 1e-13
+    return {"float32": 1e-5, SIX_PASSES: 1e-5, "bfloat16_3x": 5e-5, "bfloat16": 1e-1}[precision]
 
 
 def exact_steps(
@@ -126,7 +128,7 @@ def exact_steps(
     """
     ones = jnp.ones(_row_shape(rhs), rhs.dtype)
     weights = None if diagonal is None else 1 / diagonal
-    exact = precision == "float32" or rhs.dtype == jnp.float64
+    exact = precision in ("float32", SIX_PASSES) or rhs.dtype == jnp.float64
     return Method(
         search=lambda r: (r if weights is None else weights * r,),
         image=apply_matrix,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +20,45 @@ class MeshConfig:
     Attributes:
       data: replicas that each hold all parameters and a share of the batch; 0 takes all devices that are left.
       fsdp: replicas that share parameters and batch.
+      sequence: devices that each hold a stretch of every sequence.
       tensor: devices that share heads and features.
       cpu_devices: devices to split a CPU host into; 0 leaves it whole.
     """
 
     data: int = 0
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
     cpu_devices: int = 0
 
     def __post_init__(self):
-        if self.data < 0 or self.fsdp < 1 or self.tensor < 1 or self.cpu_devices < 0:
-            raise ValueError("MeshConfig: fsdp and tensor must be at least 1, data and cpu_devices at least 0.")
+        least = {"data": 0, "fsdp": 1, "sequence": 1, "tensor": 1, "cpu_devices": 0}
+        for field, low in least.items():
+            if getattr(self, field) < low:
+                raise ValueError(f"MeshConfig: {field}={getattr(self, field)} must be at least {low}.")
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """Returns the mesh with axes (data, fsdp, tensor) over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> jax.sharding.Mesh:
+    """Returns the mesh with axes MESH_AXES over these devices, by default all there are.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     if config.cpu_devices:
         _split_cpu(config.cpu_devices)
-    num_devices = len(jax.devices())
-    shared = config.fsdp * config.tensor
+    num_devices = len(devices or jax.devices())
+    shared = config.fsdp * config.sequence * config.tensor
     data = config.data or max(1, num_devices // shared)
-    shape = (data, config.fsdp, config.tensor)
+    shape = (data, config.fsdp, config.sequence, config.tensor)
     if math.prod(shape) != num_devices:
         sizes = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise UserError(f"mesh: {sizes} needs {math.prod(shape)} devices, but there are {num_devices}; change mesh.*.")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def compiler_options() -> dict[str, str] | None:
-    """XLA options for jit on this host: CPUs get the library's matrix products, up to twice as fast; others none."""
-    if jax.default_backend() != "cpu":
+def compiler_options(platform: str | None = None) -> dict[str, str] | None:
+    """XLA options for jit, on this host or a platform: CPUs get the library's products, up to twice as fast."""
+    if (platform or jax.default_backend()) != "cpu":
         return None
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mesanet_jax import sharding
 from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.shapes import Activations, SegmentIds
 
@@ -97,41 +98,7 @@ class ShortConv(nn.Module):
         taps = self.param("taps", taps_init, (width, *x.shape[2:])).astype(x.dtype)
         if history is None:
             history = jnp.zeros((x.shape[0], width - 1, *x.shape[2:]), x.dtype)
-        padded = jnp.concatenate([history, x], axis=1)
-        documents = None
-        if segment_ids is not None:
-            documents = jnp.concatenate([jnp.repeat(segment_ids[:, :1], width - 1, axis=1), segment_ids], axis=1)
-        return convolve(padded, taps, documents), _last_inputs(padded, documents, width - 1)
-
-
-def convolve(padded: jax.Array, taps: jax.Array, documents: SegmentIds | None) -> jax.Array:
-    """Returns sum_j taps[j] * x_{t-j} [b, t, h, c] over those j that reach into the same document.
-
-    Args:
-      padded: [b, w-1+t, h, c], the history and then the inputs.
-      taps: [w, h, c], the current token's first.
-      documents: [b, w-1+t], their documents, or None if there is only one.
-    """
-    width = taps.shape[0]
-    length = padded.shape[1] - width + 1
-    total = jnp.zeros((padded.shape[0], length, *padded.shape[2:]), padded.dtype)
-    for lag in range(width):
-        start = width - 1 - lag
-        shifted = padded[:, start : start + length]
-        if documents is not None:
-            same = documents[:, start : start + length] == documents[:, width - 1 :]
-            shifted = jnp.where(same[..., None, None], shifted, 0)
-        total += taps[lag] * shifted
-    return total
-
-
-def _last_inputs(padded: jax.Array, documents: SegmentIds | None, count: int) -> jax.Array:
-    """The last `count` inputs, 0 where they are padding or of another document than the last token's."""
-    last = padded[:, padded.shape[1] - count :]
-    if documents is None:
-        return last
-    ids = documents[:, documents.shape[1] - count :]
-    return jnp.where(((ids == documents[:, -1:]) & (ids >= 0))[..., None, None], last, 0)
+        return sharding.short_convolution(x, taps, history, segment_ids)
 
 
 class SwiGLU(nn.Module):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mesanet_jax import layers
+from mesanet_jax import layers, sharding
 from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.mixers import MIXERS
 from mesanet_jax.shapes import Activations, SegmentIds, Tokens
@@ -81,11 +81,11 @@ class MesaNet(nn.Module):
             embedding_init=layers.named(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed")),
             name="embedding",
         )
-        x = embedding(tokens) * jnp.asarray(c.model_dim**0.5, c.dtype)
+        table = sharding.vocabulary(embedding.embedding.astype(c.dtype))
+        x = sharding.activations(jnp.take(table, tokens, axis=0) * jnp.asarray(c.model_dim**0.5, c.dtype))
         states = (None,) * len(c.pattern) if state is None else state
         x, states = _stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)
-        table = embedding.embedding.astype(x.dtype)
         logits = jnp.einsum("btd,yd->bty", x, table, preferred_element_type=jnp.float32)
         return c.logit_cap * jnp.tanh(logits / c.logit_cap), states
 

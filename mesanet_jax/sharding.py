@@ -1,25 +1,29 @@
 """The one table from logical axes to mesh axes, and the operators wrapped for a mesh.
 
-A mesh has the axes `data` (replicas), `fsdp` (replicas that share parameters) and `tensor` (heads and features). Models
-name logical axes only. Inside `with jax.set_mesh(mesh)` the operators split themselves by batch and heads, because a
-compiler cannot split a kernel; without a mesh they run as they are.
+A mesh has the axes `data` (replicas), `fsdp` (replicas that share parameters), `sequence` (stretches of every sequence)
+and `tensor` (heads and features). Models name logical axes only. Inside `with jax.set_mesh(mesh)` the operators split
+themselves by batch, time and heads, because a compiler cannot split a kernel; without a mesh they run as they are.
 """
 
 import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
+from mesanet_jax import convolution
+from mesanet_jax.sequence_parallel import halo, of_last, state_before
 from pallas_kernels import MesaState, SolveReport
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("time", "sequence"),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
     ("heads", "tensor"),
@@ -49,26 +53,75 @@ def batch_sharding(mesh: jax.sharding.Mesh, leading_axes: int = 0) -> NamedShard
     return NamedSharding(mesh, P(*[None] * leading_axes, dict(RULES)["batch"]))
 
 
+def activations(x: jax.Array) -> jax.Array:
+    """Returns x [b, t, ...] laid out over the mesh in use, if any, by batch and time."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*_batch_and_time(mesh, x.shape)))
+
+
+def vocabulary(table: jax.Array) -> jax.Array:
+    """Returns the table [y, d] laid out over the mesh in use, if any, by token: whole rows, gathered once for all uses.
+
+    Inside a program the mesh need not divide the vocabulary.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return table if mesh.empty else jax.lax.with_sharding_constraint(table, P(dict(RULES)["vocab"], None))
+
+
+def whole_time(x: jax.Array) -> jax.Array:
+    """Returns x [b, t, h, ...] with all of its time on every device, for what every token may need."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    batch, heads = _dividing(mesh, dict(RULES)["batch"], x.shape[0]), _dividing(mesh, dict(RULES)["heads"], x.shape[2])
+    return jax.lax.with_sharding_constraint(x, P(batch, None, heads))
+
+
+def short_convolution(x, taps, history, segment_ids):
+    """Runs `convolution.short_convolution`, the inputs before a stretch from the device that has them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, time = _batch_and_time(mesh, x.shape)
+    if time is None or x.shape[1] < mesh.shape[time] * history.shape[1]:
+        return convolution.short_convolution(x, taps, history, segment_ids)
+    heads = _dividing(mesh, dict(RULES)["heads"], x.shape[2])
+
+    def stretch(x, taps, history, segment_ids):
+        ids = None
+        if segment_ids is not None:
+            ids = halo(segment_ids, jnp.repeat(segment_ids[:, :1], history.shape[1], axis=1), time)
+        y, last = convolution.short_convolution(x, taps, halo(x, history, time), segment_ids, ids)
+        return y, of_last(last, time)
+
+    before, sequence = P(batch, None, heads, None), P(batch, time, heads, None)
+    in_specs = (sequence, P(None, heads, None), before, None if segment_ids is None else P(batch, time))
+    split = jax.shard_map(stretch, in_specs=in_specs, out_specs=(sequence, before), check_vma=False)
+    return split(x, taps, history, segment_ids)
+
+
 def mesa(q, k, v, log_decay, beta, ridge, state, *, segment_ids, solver, with_report, implementation=None):
     """Runs `pallas_kernels.mesa_chunk`, or `mesa_step` for a single token, split over the mesh in use, if any.
 
     Arguments and results are those of `mesa_chunk`.
     """
     choices = {"solver": solver, "with_report": with_report, "implementation": implementation}
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, time = _batch_and_time(mesh, q.shape)
     if q.shape[1] == 1 and segment_ids is None and state is not None:
         operator = functools.partial(_one_token, **choices)
-    else:
+    elif time is None or mesh.shape[time] == 1:
         operator = functools.partial(_sequence, **choices)
-    mesh = jax.sharding.get_abstract_mesh()
+    else:
+        operator = functools.partial(_stretch, axis=time, **choices)
     if mesh.empty:
         return operator(q, k, v, log_decay, beta, ridge, state, segment_ids)
-    batch = _dividing(mesh, dict(RULES)["batch"], q.shape[0])
     heads = _dividing(mesh, dict(RULES)["heads"], q.shape[2])
-    sequence, gates = P(batch, None, heads, None), P(batch, None, heads)
+    sequence, gates = P(batch, time, heads, None), P(batch, time, heads)
     states = MesaState(P(batch, heads, None, None), P(batch, heads, None, None))
     out_specs = (sequence, states, SolveReport(gates, gates)) if with_report else (sequence, states)
     inputs = (sequence, sequence, sequence, gates, gates, P(heads, None))
-    in_specs = (*inputs, None if state is None else states, None if segment_ids is None else P(batch, None))
+    in_specs = (*inputs, None if state is None else states, None if segment_ids is None else P(batch, time))
     split = jax.shard_map(operator, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return split(q, k, v, log_decay, beta, ridge, state, segment_ids)
 
@@ -77,13 +130,26 @@ def _sequence(q, k, v, log_decay, beta, ridge, state, segment_ids, **choices):
     return pallas_kernels.mesa_chunk(q, k, v, log_decay, beta, ridge, state, segment_ids=segment_ids, **choices)
 
 
+def _stretch(q, k, v, log_decay, beta, ridge, state, segment_ids, *, axis: str, **choices):
+    summary = pallas_kernels.mesa_summary(k, v, log_decay, beta, segment_ids=segment_ids)
+    state = jax.tree.map(jnp.zeros_like, summary.added) if state is None else state
+    state = state_before(summary, state, segment_ids, axis)
+    out, final, *report = _sequence(q, k, v, log_decay, beta, ridge, state, segment_ids, **choices)
+    return out, of_last(final, axis), *report
+
+
 def _one_token(q, k, v, log_decay, beta, ridge, state, _, **choices):
     q, k, v, log_decay, beta = (x[:, 0] for x in (q, k, v, log_decay, beta))
     out, state, *report = pallas_kernels.mesa_step(q, k, v, log_decay, beta, ridge, state, **choices)
     return (out[:, None], state, *jax.tree.map(lambda x: x[:, None], report))
 
 
+def _batch_and_time(mesh, shape: tuple[int, ...]):
+    """The mesh axes of arrays [b, t, ...]."""
+    return tuple(_dividing(mesh, dict(RULES)[name], size) for name, size in zip(("batch", "time"), shape, strict=False))
+
+
 def _dividing(mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
-    """The mesh axes, or None where they do not divide the size (a batch of one while decoding, say)."""
+    """The mesh axes, or None where there is no mesh or they do not divide the size (a batch of one, say)."""
     names = (axes,) if isinstance(axes, str) else axes or ()
-    return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+    return None if mesh.empty or size % math.prod(mesh.shape[name] for name in names) else axes

@@ -99,7 +99,7 @@ def init_train_state(key: jax.Array, model: MesaNet, optimizer: optax.GradientTr
 
 def train_state_shardings(model: MesaNet, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
     """Returns the sharding of every array of a TrainState; moments lie where their parameters do."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     params = parameter_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(

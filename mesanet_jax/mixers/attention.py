@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mesanet_jax import layers
+from mesanet_jax import layers, sharding
 from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.shapes import Activations, SegmentIds
 
@@ -41,6 +41,7 @@ class Attention(nn.Module):
         v = layers.project_heads(c, c.value_dim, "value")(x)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
+        k, v = sharding.whole_time(k), sharding.whole_time(v)
         seen = _Seen(k, v, jnp.broadcast_to(positions, x.shape[:2]), segment_ids)
         out = attend(q, positions, segment_ids, _remembered(state, segment_ids, seen), self.span)
         return layers.merge_heads(c, "out")(out), _remember(state, seen, positions, self.span)

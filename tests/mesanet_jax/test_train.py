@@ -8,18 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 
 from mesanet_jax import SIZES, MesaNet
 from mesanet_jax.flops import forward_flops, training_flops
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
-from mesanet_jax.sharding import MESH_AXES, batch_sharding
 from mesanet_jax.train import (
     OptimizerConfig,
     init_train_state,
     learning_rate,
     make_optimizer,
-    train_state_shardings,
     train_step,
 )
 from pallas_kernels import SolverConfig
@@ -91,28 +88,6 @@ def test_solver_metrics_are_true_for_mesa_and_nan_without_it():
     assert 0 < metrics.solver_residual <= 1.001 * SMALL.solver.tolerance
     _, metrics = compiled(("attention",))[1](compiled(("attention",))[0], batch())
     assert np.isnan(metrics.solver_steps) and np.isnan(metrics.solver_residual)
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
-def test_a_sharded_step_equals_one_on_a_single_device(shape):
-    hybrid = ("attention", "mesa")
-    model = MesaNet(model_config(hybrid))  # its vocabulary of 31 is divided by no mesh
-    optimizer = make_optimizer(OPTIMIZER, 50)
-    state, step = compiled(hybrid)
-    expected = step(state, batch())
-    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    with jax.set_mesh(mesh):
-        shardings = train_state_shardings(model, optimizer, mesh)
-        step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer), out_shardings=(shardings, None))
-        actual = step(jax.device_put(state, shardings), jax.device_put(batch(), batch_sharding(mesh, 1)))
-    spread = {
-        axis for x in jax.tree.leaves(actual[0].params) for axis in x.sharding.spec if axis and mesh.shape[axis] > 1
-    }
-    assert spread == {name for name, size in zip(MESH_AXES, shape, strict=True) if size > 1 and name != "data"}
-    for metric in ("loss", "grad_norm", "num_targets"):  # steps differ: some tokens end exactly at 0, some just above
-        tolerances.assert_near(getattr(actual[1], metric), getattr(expected[1], metric), tolerances.MODEL["gradient"])
-    for a, b in zip(jax.tree.leaves(actual[0].opt_state), jax.tree.leaves(expected[0].opt_state), strict=True):
-        tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
 
 
 def test_weight_decay_spares_embedding_norms_biases_and_ridge():

@@ -1,0 +1,67 @@
+"""Run by test_sequence_parallel.py on eight devices: a training step under meshes of several axes, against no mesh.
+
+Prints, for each of MESHES, the relative differences of the metrics and the largest one of any moment.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+MESHES = {
+    "sequence": {"sequence": 8},
+    "data, fsdp, sequence": {"data": 2, "fsdp": 2, "sequence": 2},
+    "data, sequence, tensor": {"data": 2, "sequence": 2, "tensor": 2},
+    "fsdp, sequence, tensor": {"fsdp": 2, "sequence": 2, "tensor": 2},
+}
+
+
+COMPARED = ("loss", "grad_norm", "num_targets")
+
+
+def _difference(x, y) -> float:
+    """Of the largest entry."""
+    return float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)))
+
+
+def main() -> None:
+    """Computes and prints."""
+    from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig
+    from mesanet_jax.loss import Batch
+    from mesanet_jax.sharding import MESH_AXES, batch_sharding
+    from mesanet_jax.train import OptimizerConfig, init_train_state, make_optimizer, train_state_shardings, train_step
+
+    solver = SolverConfig(max_steps=16, tolerance=0.0)
+    shape = dict(vocab_size=31, num_layers=2, model_dim=32, num_heads=2, key_dim=16, value_dim=16)
+    model = MesaNet(MesaNetConfig(**shape, pattern=("mesa", "sliding_window"), window=7, solver=solver))
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-2, warmup_steps=2), 50)
+    step = functools.partial(train_step, model=model, optimizer=optimizer)
+    state = init_train_state(jax.random.key(0), model, optimizer)
+    ids = np.zeros((1, 4, 41), np.int32)
+    ids[:, 1, 9:], ids[:, 1, 20:], ids[:, 2, 33:] = 1, 2, -1
+    batch = Batch(jax.random.randint(jax.random.key(1), ids.shape, 0, 31), jnp.asarray(ids))
+    expected, metrics = jax.jit(step)(state, batch)
+    results = {}
+    for name, sizes in MESHES.items():
+        mesh = jax.make_mesh(
+            tuple(sizes.get(a, 1) for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+        )
+        with jax.set_mesh(mesh):
+            shardings = train_state_shardings(model, optimizer, mesh)
+            arguments = jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh, 1))
+            found, found_metrics = jax.jit(step, out_shardings=(shardings, None))(*arguments)
+        moments = zip(*(jax.tree.leaves(x.opt_state) for x in (found, expected)), strict=True)
+        axes = {a for x in jax.tree.leaves(found.params) for a in x.sharding.spec if a and mesh.shape[a] > 1}
+        results[name] = {
+            "spread": sorted(axes),
+            "moments": max(_difference(x, y) for x, y in moments),
+            **{x: _difference(getattr(found_metrics, x), getattr(metrics, x)) for x in COMPARED},
+        }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,8 @@ A run is exact: started again after any interruption, it computes bit for bit wh
 Batch n is a function of n, a checkpoint holds everything else, and the logbook never runs behind the checkpoint.
 """
 
-import functools
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,21 +16,15 @@ from experiments.checkpoints import Checkpoints
 from experiments.cli import UserError
 from experiments.data import held_out_text, ordered_batches, shuffled_batches, training_text
 from experiments.logbook import Logbook
-from experiments.mesh import compiler_options, make_mesh, matmul_peak
+from experiments.mesh import make_mesh, matmul_peak
+from experiments.programs import Programs, check_fits
 from experiments.runs import RunConfig, check_run, create_run
-from mesanet_jax import MesaNet
 from mesanet_jax.flops import training_flops
-from mesanet_jax.loss import Batch, targets_and_weights, total_loss
 from mesanet_jax.model import num_parameters
-from mesanet_jax.sharding import batch_sharding
 from mesanet_jax.train import (
     Metrics,
     TrainState,
-    init_train_state,
     learning_rate,
-    make_optimizer,
-    train_state_shardings,
-    train_step,
 )
 
 
@@ -44,97 +36,44 @@ def train(config: RunConfig) -> TrainState:
     """
     tokenizer = check_run(config)
     mesh = make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    check_fits(config, mesh)
     text = training_text(config.data, tokenizer)
     training = shuffled_batches(text, config.data)
     held_out = ordered_batches(held_out_text(config.data, tokenizer), config.data.batch_size)
+    programs = Programs.make(config, mesh)
     create_run(config, text.fingerprint)  # from here on things are written
     with jax.set_mesh(mesh), Checkpoints(config.output / "checkpoints", config.keep) as checkpoints:
-        steps = _Steps.compile(config, mesh)
-        state, first = _start(config, steps, checkpoints)
+        state, first = _start(config, programs, checkpoints)
         with Logbook(config.output / "log.jsonl", first) as logbook, _Console(config, first) as console:
             console.say(_introduction(config, state, mesh, first))
             journal = _Journal(config, logbook, console, matmul_peak(mesh, config.model.dtype))
             for step in range(first, config.num_steps):
-                batch = steps.place(training[step], config.micro_batches)
+                batch = programs.place(training[step], config.micro_batches)
                 begin = time.perf_counter()
-                state, metrics = steps.train(state, batch)
+                state, metrics = programs.train(state, batch)
                 journal.note(step, metrics, begin)
                 done = step + 1 == config.num_steps
                 if done or (config.eval_every and (step + 1) % config.eval_every == 0):
                     journal.wait()
-                    journal.settle(held_out_loss=_held_out_loss(state, held_out, steps, config.eval_batches))
+                    journal.settle(held_out_loss=_held_out_loss(state, held_out, programs, config.eval_batches))
                 if done or (step + 1) % config.save_every == 0:
                     journal.settle()  # the logbook first, so that it never lacks a step that the checkpoint has
                     checkpoints.save(step + 1, state)
     return state
 
 
-class _Steps(NamedTuple):
-    """The compiled functions of a run and where their arguments lie."""
-
-    init: Callable
-    train: Callable
-    loss: Callable
-    place: Callable
-    shardings: TrainState
-
-    @classmethod
-    def compile(cls, config: RunConfig, mesh: jax.sharding.Mesh) -> "_Steps":
-        """Jits every function with its shardings; XLA compiles at the first call."""
-        model = MesaNet(config.model)
-        optimizer = make_optimizer(config.optimizer, config.num_steps)
-        shardings = train_state_shardings(model, optimizer, mesh)
-        jit = functools.partial(jax.jit, compiler_options=compiler_options())
-
-        def place(batch: Batch, parts: int) -> Batch:
-            split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[-1]), batch)
-            return jax.device_put(split, batch_sharding(mesh, leading_axes=1))
-
-        return cls(
-            init=jit(functools.partial(init_train_state, model=model, optimizer=optimizer), out_shardings=shardings),
-            train=jit(
-                functools.partial(train_step, model=model, optimizer=optimizer),
-                donate_argnums=0,
-                out_shardings=(shardings, None),
-            ),
-            loss=jit(functools.partial(_batch_loss, model)),
-            place=place,
-            shardings=shardings,
-        )
-
-
-def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    rows, shards = config.data.batch_size // config.micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shards:
-        raise UserError(
-            f"data.batch_size: {config.data.batch_size} in micro_batches={config.micro_batches} gives {rows} sequences "
-            f"at a time, which {shards} devices (mesh data x fsdp) cannot share evenly; make it a multiple."
-        )
-
-
-def _start(config: RunConfig, steps: _Steps, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+def _start(config: RunConfig, programs: Programs, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     """Returns the newest state of the run and the number of the step to do next."""
     latest = checkpoints.latest_step()
     if latest is None:
-        return steps.init(jax.random.key(config.seed)), 0
-    shapes = jax.eval_shape(steps.init, jax.random.key(config.seed))
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, steps.shardings)
-    return checkpoints.restore(latest, like), latest
+        return programs.init(jax.random.key(config.seed)), 0
+    return checkpoints.restore(latest, programs.state_shapes()), latest
 
 
-def _batch_loss(model: MesaNet, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns summed loss and number of targets of a batch [1, b, t + 1]."""
-    batch = jax.tree.map(lambda x: x[0], batch)
-    targets, weights = targets_and_weights(batch)
-    logits, _ = model.apply(params, batch.tokens[:, :-1], None, batch.segment_ids[:, :-1])
-    return total_loss(logits, targets, weights), weights.sum()
-
-
-def _held_out_loss(state: TrainState, held_out, steps: _Steps, num_batches: int) -> float:
+def _held_out_loss(state: TrainState, held_out, programs: Programs, num_batches: int) -> float:
     """Returns nats per target over the first held-out batches, the same ones every time."""
-    results = [steps.loss(state.params, steps.place(held_out[i], 1)) for i in range(min(num_batches, len(held_out)))]
-    losses, targets = zip(*jax.device_get(results), strict=True)
+    batches = (programs.place(held_out[i], 1) for i in range(min(num_batches, len(held_out))))
+    losses, targets = zip(*jax.device_get([programs.loss(state.params, batch) for batch in batches]), strict=True)
     return float(np.sum(losses, dtype=np.float64) / np.sum(targets, dtype=np.float64))
 
 

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for pods of TPUs; see __main__.py."""

@@ -1,0 +1,244 @@
+"""Compile a run for a pod of TPUs before anybody pays for it: does it fit, what do devices send, how long is a step?
+
+  python -m experiments.aot 1b --topology v5p:4x4x4 --mesh.fsdp 16 --mesh.tensor 4
+  python -m experiments.aot 400m --topology v5e:4x4 --mesh.fsdp 16 --data.batch-size 64
+
+Takes the options of experiments.mesanet.pretrain, makes its very training step, and prefill and decoding, with the real
+compiler for TPUs (extra `tpu`) on any host. Cost: two minutes for the 1b model on 64 chips. It ends with the command to
+launch. Nothing is run: memory is the compiler's, times are the roofline that the table states.
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments import cli
+from experiments.aot.chips import Chip, chip_of, devices_of
+from experiments.aot.collectives import Collective, read_collectives
+from experiments.cli import UserError
+from experiments.mesanet.pretrain import PRESETS
+from experiments.mesh import make_mesh
+from experiments.programs import Programs, check_fits
+from experiments.runs import RunConfig
+from mesanet_jax.flops import forward_flops, training_flops
+from mesanet_jax.loss import Batch
+from mesanet_jax.sharding import batch_sharding
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AotConfig(RunConfig):
+    """A run, and the pod it is meant for.
+
+    Attributes:
+      topology: slice of TPUs, such as v5e:4x4, v5p:4x4x4, v6e:8x8 or tpu7x:4x4x4.
+      prompts: sequences that prefill reads, and decoding goes on with, at once; 0 compiles neither.
+      solver_steps: steps a token is reckoned to take; the compiler cannot know.
+    """
+
+    topology: str = "v5p:4x4x4"
+    prompts: int = 64
+    solver_steps: float = 5.0
+
+
+class Compiled(NamedTuple):
+    """One program, in bytes per device and seconds."""
+
+    name: str
+    seconds: float
+    arguments: int
+    temporary: int
+    code: int
+    peak: int
+    collectives: list[Collective]
+
+
+def main(config: AotConfig) -> None:
+    """Compiles and prints one table."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
+    mesh = make_mesh(config.mesh, devices_of(config.topology))
+    check_fits(config, mesh)
+    chip = chip_of(config.topology, mesh)
+    programs = Programs.make(config, mesh)
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    print(
+        f"{config.output.name} on {config.topology}: {mesh.size} x {mesh.devices.flat[0].device_kind} ({sizes})",
+        flush=True,
+    )
+    found = []
+    for name, lower in _lowered(config, programs, mesh).items():
+        found.append(_compile(name, lower, mesh))
+        print("\n".join(_program_rows(config, found[-1], chip, mesh)), flush=True)
+    print("\n".join(_verdict(config, programs, found, chip, mesh)))
+
+
+def _lowered(config: AotConfig, programs: Programs, mesh: jax.sharding.Mesh) -> dict:
+    """Returns what lowers each program."""
+    state, data = programs.state_shapes(), config.data
+    shape = (config.micro_batches, data.batch_size // config.micro_batches, data.length + 1)
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading_axes=1))
+    lowered = {"train": lambda: programs.train.lower(state, Batch(batch, batch))}
+    if config.prompts:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if config.prompts % shards:
+            raise UserError(
+                f"prompts: {config.prompts} cannot be shared evenly by {shards} devices (mesh data x fsdp)."
+            )
+        prompts, token = (
+            jax.ShapeDtypeStruct((config.prompts, t), jnp.int32, sharding=batch_sharding(mesh))
+            for t in (data.length, 1)
+        )
+        lowered["prefill"] = lambda: programs.prefill.lower(state.params, prompts)
+
+        def decode():
+            memory = programs.prefill.lower(state.params, prompts).out_info[1]
+            return programs.decode.lower(state.params, token, jax.tree.map(_shape, memory))
+
+        lowered["decode"] = decode
+    return lowered
+
+
+def _shape(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _compile(name: str, lower, mesh: jax.sharding.Mesh) -> Compiled:
+    begin = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            program = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
+        raise UserError(
+            f"mesh: {name} does not fit, because {reason.split('RESOURCE_EXHAUSTED:')[-1].strip()[:200]} "
+            f"Raise mesh.fsdp, mesh.tensor, mesh.sequence or micro_batches, or take more chips."
+        ) from None
+    memory = program.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        name=name,
+        seconds=time.perf_counter() - begin,
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        peak=kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        collectives=read_collectives(program.as_text(), mesh.shape),
+    )
+
+
+def _program_rows(config: AotConfig, program: Compiled, chip: Chip, mesh: jax.sharding.Mesh) -> list[str]:
+    """The table of one program."""
+    tokens = _tokens(config, program.name)
+    compute, network = _compute_seconds(config, program.name, chip, mesh), _network_seconds(program, chip)
+    rows = [
+        "",
+        f"{program.name}: {tokens:,} tokens, compiled in {program.seconds:.0f} s",
+        f"  memory of a device      {program.peak / GIB:8.2f} GiB at most, of {chip.memory_bytes / GIB:.1f}: arguments "
+        f"{program.arguments / GIB:.2f}, temporary {program.temporary / GIB:.2f}, code {program.code / GIB:.2f}",
+        f"  computing               {compute * 1e3:8.2f} ms",
+        f"  sending                 {network * 1e3:8.2f} ms",
+    ]
+    totals: dict[tuple[str, str], list[float]] = {}
+    for c in program.collectives:
+        total = totals.setdefault((c.kind, c.axes), [0, 0.0])
+        total[0], total[1] = total[0] + c.times, total[1] + c.times * c.sent_bytes
+    for (kind, axes), (times, size) in sorted(totals.items(), key=lambda row: -row[1][1]):
+        per_token = size * mesh.size / tokens
+        rows.append(
+            f"    {kind:18} {axes:14} {times:6,.0f} times {size / GIB:9.3f} GiB {per_token:14,.0f} bytes per token"
+        )
+    return rows
+
+
+def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip: Chip, mesh) -> list[str]:
+    """Whether it fits, how long a step is, and the command to launch."""
+    params, moments = (_bytes_of(x) for x in (programs.state_shapes().params, programs.state_shapes().opt_state))
+    train, worst = found[0], max(found, key=lambda program: program.peak)
+    compute, network = _compute_seconds(config, "train", chip, mesh), _network_seconds(train, chip)
+    model = _flops(config, "train") * _tokens(config, "train") / mesh.size / chip.flops
+    return [
+        "",
+        f"parameters {params / GIB:.2f} GiB and optimizer {moments / GIB:.2f} GiB a device",
+        f"a step between {max(compute, network):.3f} s (sending hidden behind computing) and {compute + network:.3f} s "
+        f"(not hidden): MFU {model / (compute + network):.0%} to {model / max(compute, network):.0%}",
+        f"reckoned with {chip.flops / 1e12:.0f} TFLOP/s in bfloat16 and {chip.ring_bytes / 1e9:.0f} GB/s along a ring; "
+        f"{config.solver_steps:g} solver steps a token, their float32 products six times as dear; not measured",
+        _fits(worst, chip),
+        "",
+        f"python -m experiments.mesanet.pretrain {shlex.join(_launch_options())}",
+    ]
+
+
+def _fits(worst: Compiled, chip: Chip) -> str:
+    if worst.peak <= chip.memory_bytes:
+        return f"fits: {worst.name} leaves {(chip.memory_bytes - worst.peak) / GIB:.1f} GiB of every device free"
+    return (
+        f"does not fit, because {worst.name} takes {worst.peak / GIB:.1f} GiB of a device that has "
+        f"{chip.memory_bytes / GIB:.1f}"
+    )
+
+
+def _tokens(config: AotConfig, name: str) -> int:
+    """Tokens of one call on all devices together."""
+    if name == "train":
+        return config.data.batch_size * config.data.length
+    return config.prompts * (config.data.length if name == "prefill" else 1)
+
+
+def _flops(config: AotConfig, name: str, solver_steps: float | None = None) -> float:
+    """FLOPs per token that the model asks for."""
+    steps = config.solver_steps if solver_steps is None else solver_steps
+    if name == "train":
+        return training_flops(config.model, config.data.length, steps)
+    return forward_flops(config.model, config.data.length if name == "prefill" else 1, steps)
+
+
+def _compute_seconds(config: AotConfig, name: str, chip: Chip, mesh: jax.sharding.Mesh) -> float:
+    """Seconds of arithmetic at the chip's peak: solves at the price of their precision, recomputation included."""
+    dense, passes = (
+        _flops(config, name, 0),
+        {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}[config.model.solver.precision],
+    )
+    solves = _flops(config, name) - dense
+    if name == "train" and config.model.remat != "nothing":
+        dense *= 4 / 3  # forward once more; with "all_but_solutions" the solves are kept
+        solves *= 3 / 2 if config.model.remat == "everything" else 1
+    return _tokens(config, name) * (dense + passes * solves) / mesh.size / chip.flops
+
+
+def _network_seconds(program: Compiled, chip: Chip) -> float:
+    return sum(c.times * c.sent_bytes for c in program.collectives) / chip.ring_bytes
+
+
+def _bytes_of(tree) -> int:
+    """Bytes of a device."""
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _launch_options() -> list[str]:
+    """The options of this command that are those of a run."""
+    own, kept, skip = ("--topology", "--prompts", "--solver-steps"), [], False
+    for word in sys.argv[1:]:
+        if skip or word.split("=")[0] in own:
+            skip = not skip and "=" not in word
+            continue
+        kept.append(word)
+    return kept
+
+
+def _with_pod(run: RunConfig) -> AotConfig:
+    return AotConfig(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
+
+
+if __name__ == "__main__":
+    presets = {name: (text, _with_pod(run)) for name, (text, run) in PRESETS.items()}
+    cli.run_preset(main, presets, default="1b")

@@ -1,0 +1,124 @@
+"""What a compiled program says of collectives, and the command that compiles a run for a pod."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import P
+
+from experiments.aot.collectives import Collective, read_collectives
+from tests.pallas_kernels.ahead_of_time import needs_libtpu
+
+MESH = {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 4}
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%condition (i: (s32[], f32[8,4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(28), metadata={stack_frame_id=1}
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%piece (p: bf16[4,2]) -> bf16[8,2] {
+  ROOT %gathered.1 = bf16[8,2]{1,0} all-gather(%p), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+}
+
+%all-reduce-scatter.3 (p: f32[8,4]) -> f32[4,4] {
+  %sum = f32[8,4]{1,0} all-reduce(%p), channel_id=9, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%f
+  ROOT %slice = f32[4,4]{1,0} dynamic-slice(%sum, %zero), dynamic_slice_sizes={4,4}
+}
+
+%body (i: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %first = bf16[8,2]{1,0} fusion(%q), kind=kCustom, calls=%piece
+  %gathered.2 = bf16[8,2]{1,0} all-gather(%q), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %both = (f32[8]{0}, bf16[3]{0}) all-reduce(%a, %b), channel_id=8, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%f
+  %scattered = f32[4,4]{1,0} fusion(%x), kind=kOutput, calls=%all-reduce-scatter.3
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %loop = (s32[], f32[8,4]) while(%start), condition=%condition, body=%body
+  %hop = (bf16[10]{0}, bf16[10]{0}, u32[]{:S(2)}) collective-permute-start(%y), source_target_pairs={{0,4},{1,5}}
+  %all = f32[2]{0} all-reduce(%z), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a','b'}, to_apply=%f
+  %here = f32[2]{0} all-gather(%z), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}
+  %odd = f32[2]{0} all-reduce(%z), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%f
+}
+"""
+
+
+def test_collectives_are_counted_once_per_turn_with_axes_and_bytes_however_they_are_written():
+    assert sorted(read_collectives(PROGRAM, MESH)) == sorted(
+        [
+            Collective("all-gather", "fsdp", 28, 32 / 2),
+            Collective("all-reduce", "tensor", 28, (32 + 6) * 2 * 3 / 4),
+            Collective("reduce-scatter", "fsdp", 28, 128 / 2),
+            Collective("collective-permute", "fsdp", 1, 20),
+            Collective("all-reduce", "fsdp x tensor", 1, 8 * 2 * 7 / 8),
+            Collective("all-reduce", "fsdp", 1, 8 * 2 / 2),
+        ]
+    )
+
+
+def test_a_program_that_was_really_compiled_is_read():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def turns(x):
+        return jax.lax.scan(lambda x, _: (jax.lax.psum(jnp.sin(x), "data"), None), x, length=5)[0]
+
+    split = jax.shard_map(turns, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    program = jax.jit(split).lower(jax.ShapeDtypeStruct((6, 100), jnp.float32)).compile().as_text()
+    assert read_collectives(program, {"data": 2}) == [Collective("all-reduce", "data", 5, 3 * 100 * 4)]
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.aot", *options], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--topology", "v4:2x2"), "topology: 'v4:2x2' is no slice of TPUs; give one of "),
+        (("--topology", "v5p"), "topology: 'v5p' is no slice of TPUs; give one of "),
+    ],
+)
+def test_nonsense_is_refused_in_one_sentence(options, complaint):
+    done = run("tiny", *options)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {complaint}")
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--topology", "v5p:3x3x3"), "topology: v5p:3x3x3 cannot be had ("),
+        (
+            ("--topology", "v5e:2x2", "--mesh.fsdp", "3"),
+            "mesh: data=1 x fsdp=3 x sequence=1 x tensor=1 needs 3 devices",
+        ),
+        (("--topology", "v5e:2x4", "--mesh.tensor", "8"), "mesh.tensor: 4 heads cannot be shared evenly by 8 devices"),
+        (
+            ("--topology", "v5e:2x2", "--mesh.sequence", "4", "--data.length", "30"),
+            "data.length: 30 tokens cannot be shared evenly by mesh.sequence=4 devices",
+        ),
+        (("--topology", "v5e:2x2", "--prompts", "3"), "prompts: 3 cannot be shared evenly by 4 devices"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_anything_is_compiled(options, complaint):
+    done = run("tiny", *options)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {complaint}")
+
+
+@needs_libtpu
+def test_a_run_is_compiled_for_a_pod_and_the_command_to_launch_it_printed():
+    layout = ("--mesh.fsdp", "2", "--mesh.sequence", "2")
+    done = run("tiny", "--topology", "v5e:2x2", "--prompts", "4", *layout, "--solver-steps=4", "--data.length", "64")
+    assert not done.returncode, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "tiny on v5e:2x2: 4 x TPU v5 lite (fsdp 2, sequence 2)"
+    assert [line.split(":")[0] for line in lines if ", compiled in" in line] == ["train", "prefill", "decode"]
+    assert any("collective-permute sequence" in line for line in lines)
+    assert lines[-1] == "python -m experiments.mesanet.pretrain tiny --mesh.fsdp 2 --mesh.sequence 2 --data.length 64"
+    assert any(line.startswith("fits: train leaves 1") for line in lines)

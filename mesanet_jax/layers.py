@@ -8,6 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mesanet_jax import sharding
 from mesanet_jax.config import MesaNetConfig
@@ -29,15 +30,25 @@ def residual_init(config: MesaNetConfig):
     return fan_in_normal(2.0 / config.num_layers)
 
 
-def project_heads(config: MesaNetConfig, size: int, name: str) -> nn.DenseGeneral:
-    """Projection [b, t, d] -> [b, t, h, size]."""
-    return nn.DenseGeneral(
-        (config.num_heads, size),
-        use_bias=False,
-        dtype=config.dtype,
-        kernel_init=named(fan_in_normal(), ("embed", "heads", "head")),
-        name=name,
-    )
+class Kernel(nn.Module):
+    """The matrix of a projection by itself, for products that several projections share."""
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, ...], init: Callable) -> jax.Array:
+        """Returns the parameter."""
+        return self.param("kernel", init, shape)
+
+
+def project_heads(config: MesaNetConfig, x: Activations, sizes: dict[str, int]) -> list[jax.Array]:
+    """Projects x [b, t, d] to [b, t, h, size] for each name, in one product.
+
+    Where heads are split over devices its gradient is one sum over them; apart they would have one for each name.
+    """
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
+    shape, axes = (x.shape[-1], config.num_heads), ("embed", "heads", "head")
+    kernels = [Kernel(name=name)((*shape, size), named(init, axes)) for name, size in sizes.items()]
+    together = jnp.einsum("btd,dhk->bthk", x, jnp.concatenate(kernels, axis=-1).astype(x.dtype))
+    return jnp.split(together, np.cumsum(list(sizes.values()))[:-1], axis=-1)
 
 
 def merge_heads(config: MesaNetConfig, name: str) -> nn.DenseGeneral:

@@ -81,8 +81,9 @@ class MesaNet(nn.Module):
             embedding_init=layers.named(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed")),
             name="embedding",
         )
-        table = sharding.vocabulary(embedding.embedding.astype(c.dtype))
-        x = sharding.activations(jnp.take(table, tokens, axis=0) * jnp.asarray(c.model_dim**0.5, c.dtype))
+        table = sharding.lay_out(embedding.embedding.astype(c.dtype), "vocab", None, even=False)
+        x = jnp.take(table, tokens, axis=0) * jnp.asarray(c.model_dim**0.5, c.dtype)
+        x = sharding.lay_out(x, "batch", "time", None)
         states = (None,) * len(c.pattern) if state is None else state
         x, states = _stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)

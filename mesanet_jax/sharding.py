@@ -28,6 +28,7 @@ RULES = (
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
+    ("gates", None),
     ("head", None),
     ("taps", None),
     ("layers", None),
@@ -53,30 +54,20 @@ def batch_sharding(mesh: jax.sharding.Mesh, leading_axes: int = 0) -> NamedShard
     return NamedSharding(mesh, P(*[None] * leading_axes, dict(RULES)["batch"]))
 
 
-def activations(x: jax.Array) -> jax.Array:
-    """Returns x [b, t, ...] laid out over the mesh in use, if any, by batch and time."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*_batch_and_time(mesh, x.shape)))
+def lay_out(x: jax.Array, *axes: str | None, even: bool = True) -> jax.Array:
+    """Returns x laid out over the mesh in use, if any.
 
-
-def vocabulary(table: jax.Array) -> jax.Array:
-    """Returns the table [y, d] laid out over the mesh in use, if any, by token: whole rows, gathered once for all uses.
-
-    Inside a program the mesh need not divide the vocabulary.
+    Args:
+      x: any array inside a program.
+      axes: a logical axis for each of its own; None stays whole.
+      even: leave whole what the mesh does not divide; else devices at the end hold less.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return table if mesh.empty else jax.lax.with_sharding_constraint(table, P(dict(RULES)["vocab"], None))
-
-
-def whole_time(x: jax.Array) -> jax.Array:
-    """Returns x [b, t, h, ...] with all of its time on every device, for what every token may need."""
-    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    batch, heads = _dividing(mesh, dict(RULES)["batch"], x.shape[0]), _dividing(mesh, dict(RULES)["heads"], x.shape[2])
-    return jax.lax.with_sharding_constraint(x, P(batch, None, heads))
+    rules = [dict(RULES).get(axis) for axis in axes]
+    spec = [_dividing(mesh, rule, size) if even else rule for rule, size in zip(rules, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def short_convolution(x, taps, history, segment_ids):

@@ -36,12 +36,11 @@ class Attention(nn.Module):
         c = self.config
         start = 0 if state is None else state.next_position
         positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
-        q = layers.rotate(layers.project_heads(c, c.key_dim, "query")(x), positions, c.rope_base)
-        k = layers.rotate(layers.project_heads(c, c.key_dim, "key")(x), positions, c.rope_base)
-        v = layers.project_heads(c, c.value_dim, "value")(x)
+        q, k, v = layers.project_heads(c, x, {"query": c.key_dim, "key": c.key_dim, "value": c.value_dim})
+        q, k = (layers.rotate(y, positions, c.rope_base) for y in (q, k))
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
-        k, v = sharding.whole_time(k), sharding.whole_time(v)
+        k, v = (sharding.lay_out(y, "batch", None, "heads", None) for y in (k, v))  # all of time everywhere
         seen = _Seen(k, v, jnp.broadcast_to(positions, x.shape[:2]), segment_ids)
         out = attend(q, positions, segment_ids, _remembered(state, segment_ids, seen), self.span)
         return layers.merge_heads(c, "out")(out), _remember(state, seen, positions, self.span)

@@ -30,9 +30,7 @@ class Mesa(nn.Module):
         """Returns (y [b, t, d], state); see `mesanet_jax.mixers`."""
         c = self.config
         queries, keys, memory = state or (None, None, None)
-        q = layers.project_heads(c, c.key_dim, "query")(x)
-        k = layers.project_heads(c, c.key_dim, "key")(x)
-        v = layers.project_heads(c, c.value_dim, "value")(x)
+        q, k, v = layers.project_heads(c, x, {"query": c.key_dim, "key": c.key_dim, "value": c.value_dim})
         q, queries = layers.ShortConv(c, name="query_conv")(q, queries, segment_ids)
         k, keys = layers.ShortConv(c, name="key_conv")(k, keys, segment_ids)
         q, k = layers.unit_norm(nn.silu(q)), layers.unit_norm(nn.silu(k))
@@ -60,13 +58,15 @@ class Mesa(nn.Module):
         c = self.config
 
         def logit(name: str, bias: float):
-            return nn.Dense(
+            # on every device for all heads: a few columns, whose gradient would otherwise be a sum over devices
+            dense = nn.Dense(
                 c.num_heads,
                 dtype=jnp.float32,
-                kernel_init=layers.named(layers.fan_in_normal(), ("embed", "heads")),
-                bias_init=layers.named(nn.initializers.constant(bias), ("heads",)),
+                kernel_init=layers.named(layers.fan_in_normal(), ("embed", "gates")),
+                bias_init=layers.named(nn.initializers.constant(bias), ("gates",)),
                 name=name,
-            )(x)
+            )
+            return sharding.lay_out(dense(x), "batch", "time", "gates")
 
         beta = nn.sigmoid(logit("input_gate", 0.0))
         bound = jnp.log1p(-(1 - c.gate_bound) * beta**2)

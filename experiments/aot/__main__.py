@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from experiments import cli
 from experiments.aot.chips import Chip, chip_of, devices_of
 from experiments.aot.collectives import Collective, read_collectives
+from experiments.aot.least import least_bytes
 from experiments.cli import UserError
 from experiments.mesanet.pretrain import PRESETS
 from experiments.mesh import make_mesh
@@ -28,6 +29,7 @@ from experiments.programs import Programs, check_fits
 from experiments.runs import RunConfig
 from mesanet_jax.flops import forward_flops, training_flops
 from mesanet_jax.loss import Batch
+from mesanet_jax.model import num_parameters
 from mesanet_jax.sharding import batch_sharding
 
 GIB = 1 << 30
@@ -159,6 +161,15 @@ def _program_rows(config: AotConfig, program: Compiled, chip: Chip, mesh: jax.sh
     return rows
 
 
+def _against_least(config: AotConfig, train: Compiled, num_parameters: int, mesh: jax.sharding.Mesh) -> list[str]:
+    """What a step sends along each axis, in multiples of what it has to."""
+    rows = []
+    for axis, least in least_bytes(config, mesh.shape, num_parameters).items():
+        sent = sum(c.times * c.sent_bytes for c in train.collectives if c.axes == axis)
+        rows.append(f"a step sends {sent / GIB:.3f} GiB along {axis}, {sent / least:.2f} times the least of this mesh")
+    return rows
+
+
 def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip: Chip, mesh) -> list[str]:
     """Whether it fits, how long a step is, and the command to launch."""
     params, moments = (_bytes_of(x) for x in (programs.state_shapes().params, programs.state_shapes().opt_state))
@@ -167,6 +178,7 @@ def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip:
     model = _flops(config, "train") * _tokens(config, "train") / mesh.size / chip.flops
     return [
         "",
+        *_against_least(config, train, num_parameters(programs.state_shapes().params), mesh),
         f"parameters {params / GIB:.2f} GiB and optimizer {moments / GIB:.2f} GiB a device",
         f"a step between {max(compute, network):.3f} s (sending hidden behind computing) and {compute + network:.3f} s "
         f"(not hidden): MFU {model / (compute + network):.0%} to {model / max(compute, network):.0%}",

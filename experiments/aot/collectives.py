@@ -21,8 +21,9 @@ _INSTRUCTION = re.compile(
 )
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(\w+)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
-_BOUND = re.compile(r"compare\((\S+), (\S+)\), direction=LT")
-_CONSTANT = re.compile(r"%(\S+) = s32\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r" compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT")
+_CONSTANT = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_PLACE = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* get-tuple-element\(.*?\), index=(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
@@ -89,7 +90,9 @@ def _turns(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
         turns[name] += times
         for line in computations[name]:
             called = {role: names.replace("%", "").split(", ") for role, names in _CALLED.findall(line)}
-            length = _trip_count(line, computations[called["condition"][0]]) if "body" in called else 1
+            length = 1
+            if "body" in called:
+                length = _trip_count(line, *(computations[called[role][0]] for role in ("condition", "body")))
             for role, names in called.items():
                 for other in names:
                     if other in computations and role != "condition":
@@ -99,13 +102,29 @@ def _turns(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     return turns
 
 
-def _trip_count(loop: str, condition: list[str]) -> int:
-    """What compilers for CPUs say of a loop, or else the n of its condition `i < n`, as scans have it."""
+def _trip_count(loop: str, condition: list[str], body: list[str]) -> int:
+    """What compilers for CPUs say of a loop, or else n / k of its `i < n; i += k`."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
         return int(known[1])
-    constants = {match[1]: match[2] for line in condition if (match := _CONSTANT.search(line))}
-    bounds = [match[2].lstrip("%") for line in condition if (match := _BOUND.search(line))]
-    return int(constants[bounds[0]]) if len(bounds) == 1 and bounds[0] in constants else 1
+    ends = [match.groups() for line in condition if (match := _BOUND.search(line))]
+    bounds, places = _found(_CONSTANT, condition), _found(_PLACE, condition)
+    if len(ends) != 1 or ends[0][1] not in bounds or ends[0][0] not in places:
+        return 1
+    ((counter, bound),) = ends
+    (root,) = (_operands(line) for line in body if line.lstrip().startswith("ROOT"))
+    after, constants = root[int(places[counter])], _found(_CONSTANT, body)
+    added = [_operands(line) for line in body if line.lstrip().startswith(f"%{after} = ") and " add(" in line]
+    steps = [int(constants[name]) for operands in added for name in operands if name in constants]
+    return -(-int(bounds[bound]) // (steps[0] if steps else 1))
+
+
+def _found(pattern: re.Pattern, lines: list[str]) -> dict[str, str]:
+    return {match[1]: match[2] for line in lines if (match := pattern.search(line))}
+
+
+def _operands(line: str) -> list[str]:
+    instruction = _INSTRUCTION.match(line)
+    return re.findall(r"%([\w.\-]+)", instruction["operands"]) if instruction else []
 
 
 def _groups(line: str, mesh_shape: Mapping[str, int]) -> np.ndarray:

@@ -9,6 +9,9 @@ import pytest
 from jax import P
 
 from experiments.aot.collectives import Collective, read_collectives
+from experiments.aot.least import least_bytes
+from experiments.mesanet.pretrain import PRESETS
+from mesanet_jax.sharding import MESH_AXES
 from tests.pallas_kernels.ahead_of_time import needs_libtpu
 
 MESH = {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 4}
@@ -35,6 +38,24 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %gathered.2 = bf16[8,2]{1,0} all-gather(%q), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %both = (f32[8]{0}, bf16[3]{0}) all-reduce(%a, %b), channel_id=8, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%f
   %scattered = f32[4,4]{1,0} fusion(%x), kind=kOutput, calls=%all-reduce-scatter.3
+  %inner = (f32[2], u32[]) while(%t), condition=%window.until, body=%window
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %both.2 = (s32[], f32[8,4]) tuple(%next, %x)
+}
+
+%window (w: (f32[2], u32[])) -> (f32[2], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %turn = u32[]{:T(128)} get-tuple-element(%w), index=1
+  %handed = f32[2]{0} collective-permute(%h), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %turn.2 = u32[]{:T(128)} add(%turn, %two)
+  ROOT %w.2 = (f32[2]{0}, u32[]{:T(128)}) tuple(%handed, /*index=1*/%turn.2)
+}
+
+%window.until (w: (f32[2], u32[])) -> pred[] {
+  %turns = u32[]{:T(128)} constant(7)
+  %turn.1 = u32[]{:T(128)} get-tuple-element(%w), index=1
+  ROOT %lt.2 = pred[]{:T(512)} compare(%turn.1, %turns), direction=LT
 }
 
 ENTRY %main (x: f32[8,4]) -> f32[8,4] {
@@ -53,6 +74,7 @@ def test_collectives_are_counted_once_per_turn_with_axes_and_bytes_however_they_
             Collective("all-gather", "fsdp", 28, 32 / 2),
             Collective("all-reduce", "tensor", 28, (32 + 6) * 2 * 3 / 4),
             Collective("reduce-scatter", "fsdp", 28, 128 / 2),
+            Collective("collective-permute", "tensor", 28 * 4, 8),
             Collective("collective-permute", "fsdp", 1, 20),
             Collective("all-reduce", "fsdp x tensor", 1, 8 * 2 * 7 / 8),
             Collective("all-reduce", "fsdp", 1, 8 * 2 / 2),
@@ -69,6 +91,26 @@ def test_a_program_that_was_really_compiled_is_read():
     split = jax.shard_map(turns, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
     program = jax.jit(split).lower(jax.ShapeDtypeStruct((6, 100), jnp.float32)).compile().as_text()
     assert read_collectives(program, {"data": 2}) == [Collective("all-reduce", "data", 5, 3 * 100 * 4)]
+
+
+TINY = PRESETS["tiny"][1]  # 16 sequences of 256, width 128, 4 heads of 32, two layers, float32, no remat
+
+
+@pytest.mark.parametrize(
+    ("mesh", "least"),
+    [
+        ({"data": 4}, {"data": 2 * 3 / 4 * 4 * 1000}),
+        ({"fsdp": 4}, {"fsdp": 3 * 3 / 4 * 4 * 1000}),
+        ({"tensor": 2}, {"tensor": 2 * 1 / 2 * (2 * 4 + 2) * 16 * 256 * 128 * 4}),
+        # a state of 32 x 64 numbers and 3 inputs of queries and keys, for 16 rows, 4 heads and 2 layers, there and back
+        ({"sequence": 2}, {"sequence": 2 * 2 * 16 * 4 * 4 * (32 * 64 + 2 * 3 * 32) + 2 * 1 / 2 * 4 * 1000}),
+        ({"data": 2, "tensor": 2}, {"data": 4 * 500, "tensor": 2 * 1 / 2 * 10 * 8 * 256 * 128 * 4}),
+    ],
+    ids=str,
+)
+def test_the_least_that_a_step_has_to_send_is_what_the_layers_ask_for(mesh, least):
+    found = least_bytes(TINY, dict.fromkeys(MESH_AXES, 1) | mesh, num_parameters=1000)
+    assert found == pytest.approx(least)
 
 
 def run(*options: str) -> subprocess.CompletedProcess:
@@ -120,5 +162,6 @@ def test_a_run_is_compiled_for_a_pod_and_the_command_to_launch_it_printed():
     assert lines[0] == "tiny on v5e:2x2: 4 x TPU v5 lite (fsdp 2, sequence 2)"
     assert [line.split(":")[0] for line in lines if ", compiled in" in line] == ["train", "prefill", "decode"]
     assert any("collective-permute sequence" in line for line in lines)
+    assert [line.split()[6].rstrip(",") for line in lines if line.startswith("a step sends")] == ["fsdp", "sequence"]
     assert lines[-1] == "python -m experiments.mesanet.pretrain tiny --mesh.fsdp 2 --mesh.sequence 2 --data.length 64"
     assert any(line.startswith("fits: train leaves 1") for line in lines)

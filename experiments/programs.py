@@ -49,7 +49,7 @@ class Programs(NamedTuple):
 
     def state_shapes(self) -> TrainState:
         """Returns shapes, types and shardings of the state; computes nothing, so the devices may be elsewhere."""
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        shapes = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
 

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels
 from mesanet_jax import convolution
 from mesanet_jax.sequence_parallel import halo, of_last, state_before
-from pallas_kernels import MesaState, SolveReport
+from pallas_kernels import MesaState, SolveReport, mesa_summary
+from pallas_kernels.mesa_chunk.contract import solver_dtype
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -66,7 +67,8 @@ def lay_out(x: jax.Array, *axes: str | None, even: bool = True) -> jax.Array:
     if mesh.empty:
         return x
     rules = [dict(RULES).get(axis) for axis in axes]
-    spec = [_dividing(mesh, rule, size) if even else rule for rule, size in zip(rules, x.shape, strict=True)]
+    sizes = x.shape if even else [0] * x.ndim  # which everything divides
+    spec = [_dividing(mesh, rule, size) for rule, size in zip(rules, sizes, strict=True)]
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
@@ -98,6 +100,8 @@ def mesa(q, k, v, log_decay, beta, ridge, state, *, segment_ids, solver, with_re
     """
     choices = {"solver": solver, "with_report": with_report, "implementation": implementation}
     mesh = jax.sharding.get_abstract_mesh()
+    if segment_ids is not None and jnp.issubdtype(segment_ids.dtype, jnp.unsignedinteger):
+        segment_ids = segment_ids.astype(jnp.int32)  # -1 is what none has
     batch, time = _batch_and_time(mesh, q.shape)
     if q.shape[1] == 1 and segment_ids is None and state is not None:
         operator = functools.partial(_one_token, **choices)
@@ -122,7 +126,8 @@ def _sequence(q, k, v, log_decay, beta, ridge, state, segment_ids, **choices):
 
 
 def _stretch(q, k, v, log_decay, beta, ridge, state, segment_ids, *, axis: str, **choices):
-    summary = pallas_kernels.mesa_summary(k, v, log_decay, beta, segment_ids=segment_ids)
+    dtype = solver_dtype(q, k, v, log_decay, beta, ridge)
+    summary = mesa_summary(*(x.astype(dtype) for x in (k, v, log_decay, beta)), segment_ids=segment_ids)
     state = jax.tree.map(jnp.zeros_like, summary.added) if state is None else state
     state = state_before(summary, state, segment_ids, axis)
     out, final, *report = _sequence(q, k, v, log_decay, beta, ridge, state, segment_ids, **choices)
@@ -141,6 +146,8 @@ def _batch_and_time(mesh, shape: tuple[int, ...]):
 
 
 def _dividing(mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
-    """The mesh axes, or None where there is no mesh or they do not divide the size (a batch of one, say)."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return None if mesh.empty or size % math.prod(mesh.shape[name] for name in names) else axes
+    """Those of the axes that the mesh has, or None where they do not divide the size (a batch of one, say)."""
+    names = tuple(name for name in ((axes,) if isinstance(axes, str) else axes or ()) if name in mesh.shape)
+    if not names or size % math.prod(mesh.shape[name] for name in names):
+        return None
+    return names[0] if len(names) == 1 else names

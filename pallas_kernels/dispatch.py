@@ -67,7 +67,7 @@ def platform() -> str:
 def why_not_here(target: str) -> str | None:
     """Returns a reason if programs traced here are not for the target platform, as part of a sentence."""
     found = platform()
-    return None if found == target else f"this process computes on {found}, not on {target}; use None, which adapts"
+    return None if found == target else f"programs here are for {found}, not for {target}; use None, which adapts"
 
 
 def by_platform(*operands, cpu: Callable, accelerator: Callable):

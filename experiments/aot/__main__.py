@@ -3,9 +3,10 @@
   python -m experiments.aot 1b --topology v5p:4x4x4 --mesh.fsdp 16 --mesh.tensor 4
   python -m experiments.aot 400m --topology v5e:4x4 --mesh.fsdp 16 --data.batch-size 64
 
-Takes the options of experiments.mesanet.pretrain, makes its very training step, and prefill and decoding, with the real
-compiler for TPUs (extra `tpu`) on any host. Cost: two minutes for the 1b model on 64 chips. It ends with the command to
-launch. Nothing is run: memory is the compiler's, times are the roofline that the table states.
+Takes the options of experiments.mesanet.pretrain, makes its very training step, and prefill and one decoding step of
+its model, with the real compiler for TPUs (extra `tpu`) on any host. Cost: three minutes for the 1b model on 64 chips.
+It ends with the command to launch. Nothing is run: memory is the compiler's, times are what arithmetic, arguments and
+sending take at a chip's peak.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,6 +35,7 @@ from mesanet_jax.model import num_parameters
 from mesanet_jax.sharding import batch_sharding
 
 GIB = 1 << 30
+DEFAULT = "1b"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,16 +150,17 @@ def _program_rows(config: AotConfig, program: Compiled, chip: Chip, mesh: jax.sh
         f"  memory of a device      {program.peak / GIB:8.2f} GiB at most, of {chip.memory_bytes / GIB:.1f}: arguments "
         f"{program.arguments / GIB:.2f}, temporary {program.temporary / GIB:.2f}, code {program.code / GIB:.2f}",
         f"  computing               {compute * 1e3:8.2f} ms",
+        f"  reading its arguments   {program.arguments / chip.memory_bandwidth * 1e3:8.2f} ms",
         f"  sending                 {network * 1e3:8.2f} ms",
     ]
     totals: dict[tuple[str, str], list[float]] = {}
     for c in program.collectives:
         total = totals.setdefault((c.kind, c.axes), [0, 0.0])
-        total[0], total[1] = total[0] + c.times, total[1] + c.times * c.sent_bytes
+        total[0], total[1] = total[0] + c.times, total[1] + c.total_bytes
     for (kind, axes), (times, size) in sorted(totals.items(), key=lambda row: -row[1][1]):
-        per_token = size * mesh.size / tokens
+        gib = size / mesh.size / GIB
         rows.append(
-            f"    {kind:18} {axes:14} {times:6,.0f} times {size / GIB:9.3f} GiB {per_token:14,.0f} bytes per token"
+            f"    {kind:18} {axes:14} {times:6,.0f} times {gib:9.3f} GiB {size / tokens:14,.0f} bytes per token"
         )
     return rows
 
@@ -165,7 +169,7 @@ def _against_least(config: AotConfig, train: Compiled, num_parameters: int, mesh
     """What a step sends along each axis, in multiples of what it has to."""
     rows = []
     for axis, least in least_bytes(config, mesh.shape, num_parameters).items():
-        sent = sum(c.times * c.sent_bytes for c in train.collectives if c.axes == axis)
+        sent = sum(c.total_bytes for c in train.collectives if c.axes == axis) / mesh.size
         rows.append(f"a step sends {sent / GIB:.3f} GiB along {axis}, {sent / least:.2f} times the least of this mesh")
     return rows
 
@@ -186,7 +190,7 @@ def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip:
         f"{config.solver_steps:g} solver steps a token, their float32 products six times as dear; not measured",
         _fits(worst, chip),
         "",
-        f"python -m experiments.mesanet.pretrain {shlex.join(_launch_options())}",
+        f"python -m experiments.mesanet.pretrain {shlex.join(launch_options(sys.argv[1:]))}",
     ]
 
 
@@ -216,10 +220,8 @@ def _flops(config: AotConfig, name: str, solver_steps: float | None = None) -> f
 
 def _compute_seconds(config: AotConfig, name: str, chip: Chip, mesh: jax.sharding.Mesh) -> float:
     """Seconds of arithmetic at the chip's peak: solves at the price of their precision, recomputation included."""
-    dense, passes = (
-        _flops(config, name, 0),
-        {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}[config.model.solver.precision],
-    )
+    dense = _flops(config, name, 0)
+    passes = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}[config.model.solver.precision]
     solves = _flops(config, name) - dense
     if name == "train" and config.model.remat != "nothing":
         dense *= 4 / 3  # forward once more; with "all_but_solutions" the solves are kept
@@ -236,14 +238,19 @@ def _bytes_of(tree) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def _launch_options() -> list[str]:
-    """The options of this command that are those of a run."""
-    own, kept, skip = ("--topology", "--prompts", "--solver-steps"), [], False
-    for word in sys.argv[1:]:
-        if skip or word.split("=")[0] in own:
-            skip = not skip and "=" not in word
-            continue
-        kept.append(word)
+def launch_options(words: Sequence[str]) -> list[str]:
+    """Returns the options of this command that are those of a run, the preset first."""
+    own = {f"--{field.name}" for field in dataclasses.fields(AotConfig)} - {
+        f"--{field.name}" for field in dataclasses.fields(RunConfig)
+    }
+    words = list(words)
+    kept = [words.pop(0)] if words and not words[0].startswith("-") else [DEFAULT]
+    while words:
+        word = words.pop(0)
+        if word.split("=")[0].replace("-", "_").replace("__", "--", 1) not in own:
+            kept.append(word)
+        elif "=" not in word:
+            words.pop(0)
     return kept
 
 
@@ -253,4 +260,4 @@ def _with_pod(run: RunConfig) -> AotConfig:
 
 if __name__ == "__main__":
     presets = {name: (text, _with_pod(run)) for name, (text, run) in PRESETS.items()}
-    cli.run_preset(main, presets, default="1b")
+    cli.run_preset(main, presets, default=DEFAULT)

@@ -11,15 +11,17 @@ from jax.experimental.pallas import tpu as pltpu
 from experiments.cli import UserError
 from experiments.lower.chips import ENVIRONMENT
 
-# Bytes per second that a device sends in a ring along one axis of the torus, both ways round: the bidirectional
-# bandwidth of a chip in Google's tables over its ports (4 on v5e and v6e, 6 on v5p and tpu7x): two ports send one way.
-RING = {"v5e": 100e9, "v5p": 200e9, "v6e": 200e9, "tpu7x": 200e9}
+# Bytes per second that a device sends in a ring along an axis of a torus that wraps around, both ways: a chip's
+# bidirectional bandwidth in Google's tables over its ports (4 on v5e and v6e, 6 on v5p and tpu7x): two ports send one
+# way; half of it for tpu7x, whose chips are two devices.
+RING = {"v5e": 100e9, "v5p": 200e9, "v6e": 200e9, "tpu7x": 100e9}
 
 
 class Chip(NamedTuple):
     """What one device of a mesh has; a chip of tpu7x is two devices."""
 
     memory_bytes: int
+    memory_bandwidth: float  # bytes per second
     flops: float  # per second, in bfloat16
     ring_bytes: float  # per second
 
@@ -49,5 +51,9 @@ def chip_of(topology: str, mesh: jax.sharding.Mesh) -> Chip:
     """Returns what a device of a mesh over such a slice has."""
     with jax.set_mesh(mesh):
         core = pltpu.get_tpu_info()
-    cores = core.num_cores
-    return Chip(cores * core.hbm_capacity_bytes, cores * core.bf16_ops_per_second, RING[topology.split(":")[0]])
+    return Chip(
+        memory_bytes=core.num_cores * core.hbm_capacity_bytes,
+        memory_bandwidth=core.num_cores * core.mem_bw_bytes_per_second,
+        flops=core.num_cores * core.bf16_ops_per_second,
+        ring_bytes=RING[topology.split(":")[0]],
+    )

@@ -1,7 +1,8 @@
 """What devices send each other in a compiled program, read from the text of its HLO.
 
-A collective counts as often as the loops around it turn. TPU compilers write one collective in several pieces, which
-share its channel, and a reduce-scatter as an all-reduce in a computation of that name.
+A collective counts as often as the loops around it turn, and every branch of a conditional counts. TPU compilers write
+one collective in several pieces, fusions that share its channel, and a reduce-scatter as an all-reduce in a computation
+of that name.
 """
 
 import math
@@ -12,7 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+ITEM_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
 _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
@@ -34,13 +48,20 @@ class Collective(NamedTuple):
       kind: one of KINDS.
       axes: the mesh axes that it goes along, joined by " x ".
       times: how often it is done in one call of the program.
-      sent_bytes: what a device sends each time, at least, in a ring.
+      sent_bytes: what a device that takes part sends each time, at least, in a ring.
+      senders: how many devices do.
     """
 
     kind: str
     axes: str
     times: int
     sent_bytes: float
+    senders: int
+
+    @property
+    def total_bytes(self) -> float:
+        """Of all devices, in one call of the program."""
+        return self.times * self.sent_bytes * self.senders
 
 
 def read_collectives(program: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
@@ -51,23 +72,33 @@ def read_collectives(program: str, mesh_shape: Mapping[str, int]) -> list[Collec
       mesh_shape: sizes of the mesh's axes, in their order.
     """
     computations, entry = _computations(program)
-    found, channels = [], set()
+    found, first, fused = [], {}, _fused(computations)
     for name, times in _turns(computations, entry).items():
         for line in computations[name]:
             instruction = _INSTRUCTION.match(line)
             if instruction is None or (kind := instruction["kind"].removesuffix("-start")) not in KINDS:
                 continue
-            channel = _CHANNEL.search(line)
-            if channel and channel[1] in channels:
-                continue
-            channels |= {channel[1]} if channel else set()
-            if name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
-            groups = _groups(line, mesh_shape)
+            arrays, groups = _ARRAY.findall(instruction["shape"]), _groups(line, mesh_shape)
+            if kind != "collective-permute" and (channel := _CHANNEL.search(line)):
+                owner = first.setdefault((kind, channel[1], *arrays, groups.tobytes()), name)
+                if owner != name and {owner, name} & fused:
+                    continue  # another piece of it
             if groups.shape[1] > 1:
-                sent = _sent_bytes(kind, instruction["shape"], groups.shape[1])
-                found.append(Collective(kind, _axes(groups, mesh_shape), times, sent))
+                sizes = [_array_bytes(*array) for array in arrays]
+                if instruction["kind"] in ("all-gather-start", "collective-permute-start"):
+                    sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]  # operands are listed, too
+                if name.startswith("all-reduce-scatter"):
+                    kind, sizes = "reduce-scatter", [size / groups.shape[1] for size in sizes]
+                senders = len(groups) if kind == "collective-permute" else groups.size
+                sent = _sent_bytes(kind, sum(sizes), groups.shape[1])
+                found.append(Collective(kind, _axes(groups, mesh_shape), times, sent, senders))
     return found
+
+
+def _fused(computations: dict[str, list[str]]) -> set[str]:
+    """Returns the computations that fusions call."""
+    lines = (line for lines in computations.values() for line in lines if " fusion(" in line)
+    return {match[1] for line in lines if (match := re.search(r"calls=%?([\w.\-]+)", line))}
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:
@@ -162,13 +193,11 @@ def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> str:
     return " x ".join(name for name, differs in zip(mesh_shape, differ, strict=True) if differs)
 
 
-def _sent_bytes(kind: str, shape: str, num_devices: int) -> float:
-    """Bytes a device sends in a ring, the least there is: of the result of a gather, of the operand of a reduction."""
-    arrays = [_array_bytes(*array) for array in _ARRAY.findall(shape)]
+def _sent_bytes(kind: str, size: float, num_devices: int) -> float:
+    """Bytes a device sends in a ring, the least there is, for a result of this size on each."""
     if kind == "collective-permute":
-        return arrays[0]  # an asynchronous one lists its operand, its result and flags
-    size, share = sum(arrays), (num_devices - 1) / num_devices
-    return size * share * (2 if kind == "all-reduce" else 1)
+        return size
+    return size * (num_devices - 1) * {"all-reduce": 2 / num_devices, "reduce-scatter": 1}.get(kind, 1 / num_devices)
 
 
 def _array_bytes(dtype: str, dims: str) -> int:

@@ -34,7 +34,7 @@ def least_bytes(config: RunConfig, mesh_shape: Mapping[str, int], num_parameters
         "tensor": 2 * ring["tensor"] * sums * activations,
         "fsdp": 3 * ring["fsdp"] * of_tensor * item * config.micro_batches,
         "data": 2 * ring["data"] * gradients,
-        "sequence": (handed if sizes["sequence"] > 1 else 0) + 2 * ring["sequence"] * gradients,
+        "sequence": ring["sequence"] * (handed + 2 * gradients),
     }
     if set(model.pattern) != {"mesa"}:
         least["sequence"] = math.nan

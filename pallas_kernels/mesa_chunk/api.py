@@ -60,8 +60,8 @@ def mesa_chunk(
       solver: when a token's solve ends.
       with_report: also return how well each token was solved.
       implementation: "reference" (dense solves token by token, differentiated by JAX; exact whatever the budget),
-        "xla", "pallas_tpu" and "pallas_gpu" (kernels, on these platforms alone), or None: the kernel where the program
-        is for a TPU and it can run this, "xla" elsewhere, on GPUs until the kernels have been timed there.
+        "xla", "pallas_tpu" and "pallas_gpu" (kernels, on these platforms alone), or None: the kernel where the mesh in
+        use, or else this process, is of TPUs and it can run this; "xla" elsewhere, on GPUs until kernels are timed.
 
     Returns:
       (out [b, t, h, v] in the dtype of v, state after the last token), and a SolveReport if asked for.

@@ -54,7 +54,10 @@ Parts = tuple[jax.Array, ...] | Stored
 
 
 def split(x: jax.Array | Stored, precision: str) -> Parts:
-    """Returns the parts of x [..., n, m] that products at this precision use; float64 stays whole."""
+    """Returns the parts of x [..., n, m] that products at this precision use; float64 stays whole.
+
+    Parts that would be below 1e-38 are lost, so entries below 1e-33 keep fewer digits; above 3.39e38 they overflow.
+    """
     if isinstance(x, Stored):
         return dataclasses.replace(x, precision=precision)
     if precision == "float32" or x.dtype == jnp.float64:

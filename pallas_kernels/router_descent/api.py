@@ -46,7 +46,7 @@ def router_descent(
         dL/dtheta: mirror descent, routing times exp(-learning_rate * dL/dr), normalised.
       prox: adds prox * KL(routing at the start || r) to L in every step, for any optimizer as its gradient in theta.
       implementation: "reference" (the loss as written, jax.grad at every step), "xla", "pallas_tpu", or None: the
-        kernel where the program is for a TPU and fits it, "xla" elsewhere.
+        kernel where the mesh in use, or else this process, is of TPUs and it fits; "xla" elsewhere.
 
     Returns:
       (routing after the last step, L there without the proximal term).

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import P
 
+from experiments.aot.__main__ import launch_options
 from experiments.aot.collectives import Collective, read_collectives
 from experiments.aot.least import least_bytes
 from experiments.mesanet.pretrain import PRESETS
@@ -71,26 +72,67 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 def test_collectives_are_counted_once_per_turn_with_axes_and_bytes_however_they_are_written():
     assert sorted(read_collectives(PROGRAM, MESH)) == sorted(
         [
-            Collective("all-gather", "fsdp", 28, 32 / 2),
-            Collective("all-reduce", "tensor", 28, (32 + 6) * 2 * 3 / 4),
-            Collective("reduce-scatter", "fsdp", 28, 128 / 2),
-            Collective("collective-permute", "tensor", 28 * 4, 8),
-            Collective("collective-permute", "fsdp", 1, 20),
-            Collective("all-reduce", "fsdp x tensor", 1, 8 * 2 * 7 / 8),
-            Collective("all-reduce", "fsdp", 1, 8 * 2 / 2),
+            Collective("all-gather", "fsdp", 28, 32 / 2, 8),
+            Collective("all-reduce", "tensor", 28, (32 + 6) * 2 * 3 / 4, 8),
+            Collective("reduce-scatter", "fsdp", 28, 128 / 2, 8),
+            Collective("collective-permute", "tensor", 28 * 4, 8, 4),
+            Collective("collective-permute", "fsdp", 1, 20, 2),
+            Collective("all-reduce", "fsdp x tensor", 1, 8 * 2 * 7 / 8, 8),
+            Collective("all-reduce", "fsdp", 1, 8 * 2 / 2, 8),
         ]
     )
 
 
-def test_a_program_that_was_really_compiled_is_read():
+BYTES = 3 * 100 * 4  # of a device's half
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: jax.lax.psum(jnp.sin(x), "data"), Collective("all-reduce", "data", 5, BYTES, 2)),
+        (lambda x: jax.lax.ppermute(x, "data", [(0, 1)]), Collective("collective-permute", "data", 5, BYTES, 1)),
+        (
+            lambda x: jax.lax.all_gather(
+                jax.lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True), "data", tiled=True, axis=1
+            ),
+            Collective("all-gather", "data", 5, BYTES / 2, 2),
+        ),
+    ],
+)
+def test_programs_that_were_really_compiled_are_read(function, expected):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def turns(x):
-        return jax.lax.scan(lambda x, _: (jax.lax.psum(jnp.sin(x), "data"), None), x, length=5)[0]
+        return jax.lax.scan(lambda x, _: (function(x), None), x, length=5)[0]
 
     split = jax.shard_map(turns, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
     program = jax.jit(split).lower(jax.ShapeDtypeStruct((6, 100), jnp.float32)).compile().as_text()
-    assert read_collectives(program, {"data": 2}) == [Collective("all-reduce", "data", 5, 3 * 100 * 4)]
+    found = read_collectives(program, {"data": 2})
+    assert expected in found
+    assert all(c == Collective("reduce-scatter", "data", 5, BYTES / 2, 2) for c in found if c != expected)
+
+
+def test_shards_that_say_the_same_thing_twice_are_counted_twice():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def hops(x):
+        return jax.lax.ppermute(jnp.sin(jax.lax.ppermute(x, "data", [(0, 1)])), "data", [(0, 1)])
+
+    split = jax.shard_map(hops, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    program = jax.jit(split).lower(jax.ShapeDtypeStruct((6, 100), jnp.float32)).compile().as_text()
+    assert [c.total_bytes for c in read_collectives(program, {"data": 2})] == [BYTES, BYTES]
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("tiny --topology v5e:2x2 --mesh.fsdp 2", "tiny --mesh.fsdp 2"),
+        ("--mesh.fsdp 2 --topology=v5e:2x2", "1b --mesh.fsdp 2"),
+        ("145m --solver_steps 4 --solver-steps=5 --prompts 0 --data.batch-size 8", "145m --data.batch-size 8"),
+    ],
+)
+def test_the_command_to_launch_is_that_of_the_run(words, kept):
+    assert launch_options(words.split()) == kept.split()
 
 
 TINY = PRESETS["tiny"][1]  # 16 sequences of 256, width 128, 4 heads of 32, two layers, float32, no remat
@@ -103,7 +145,7 @@ TINY = PRESETS["tiny"][1]  # 16 sequences of 256, width 128, 4 heads of 32, two 
         ({"fsdp": 4}, {"fsdp": 3 * 3 / 4 * 4 * 1000}),
         ({"tensor": 2}, {"tensor": 2 * 1 / 2 * (2 * 4 + 2) * 16 * 256 * 128 * 4}),
         # a state of 32 x 64 numbers and 3 inputs of queries and keys, for 16 rows, 4 heads and 2 layers, there and back
-        ({"sequence": 2}, {"sequence": 2 * 2 * 16 * 4 * 4 * (32 * 64 + 2 * 3 * 32) + 2 * 1 / 2 * 4 * 1000}),
+        ({"sequence": 2}, {"sequence": (2 * 2 * 16 * 4 * 4 * (32 * 64 + 2 * 3 * 32) + 2 * 4 * 1000) / 2}),
         ({"data": 2, "tensor": 2}, {"data": 4 * 500, "tensor": 2 * 1 / 2 * 10 * 8 * 256 * 128 * 4}),
     ],
     ids=str,
@@ -162,6 +204,9 @@ def test_a_run_is_compiled_for_a_pod_and_the_command_to_launch_it_printed():
     assert lines[0] == "tiny on v5e:2x2: 4 x TPU v5 lite (fsdp 2, sequence 2)"
     assert [line.split(":")[0] for line in lines if ", compiled in" in line] == ["train", "prefill", "decode"]
     assert any("collective-permute sequence" in line for line in lines)
+    handed = next(int(line.split()[-4].replace(",", "")) for line in lines if "collective-permute sequence" in line)
+    states = 2 * 2 * 4 * 32 * 64 * 4 / 64  # bytes per token: there and back, 2 layers, 4 heads, one hop for 64 tokens
+    assert states <= handed <= 1.3 * states
     assert [line.split()[6].rstrip(",") for line in lines if line.startswith("a step sends")] == ["fsdp", "sequence"]
     assert lines[-1] == "python -m experiments.mesanet.pretrain tiny --mesh.fsdp 2 --mesh.sequence 2 --data.length 64"
     assert any(line.startswith("fits: train leaves 1") for line in lines)

@@ -317,5 +317,5 @@ def test_a_logbook_on_a_full_disk_says_how_to_go_on(tmp_path):
 def test_mesh_axes_multiply_to_the_devices_there_are():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 2}
-    with pytest.raises(UserError, match="data=1 x fsdp=1 x tensor=1 needs 1 devices, but there are 2"):
+    with pytest.raises(UserError, match="data=1 x fsdp=1 x sequence=1 x tensor=1 needs 1 devices, but there are 2"):
         make_mesh(MeshConfig(data=1))

@@ -45,7 +45,7 @@ SHARED = {
     "not here": (
         dict(implementation="pallas_gpu"),
         NotImplementedError,
-        "implementation='pallas_gpu' cannot run this: this process computes on cpu, not on gpu; use None",
+        "implementation='pallas_gpu' cannot run this: programs here are for cpu, not for gpu; use None",
     ),
 }
 ONLY_CHUNK = {

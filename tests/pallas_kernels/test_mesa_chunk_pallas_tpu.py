@@ -114,7 +114,7 @@ def test_the_kernels_neither_race_nor_read_what_was_not_written(truth):
 @pytest.mark.parametrize(
     ("dim", "x64", "reason"),
     [
-        (16, False, "this process computes on cpu, not on tpu; use None, which adapts"),
+        (16, False, "programs here are for cpu, not for tpu; use None, which adapts"),
         (257, False, "keys have size 257 and values 257, and the kernels take 256 at most"),
         (16, True, "the kernels compute in float32, not in float64"),
     ],

@@ -180,7 +180,7 @@ def test_the_gradient_through_the_kernel_is_that_of_a_sequence_of_one(interprete
 @pytest.mark.parametrize(
     ("dim", "x64", "reason"),
     [
-        (16, False, "this process computes on cpu, not on tpu; use None, which adapts"),
+        (16, False, "programs here are for cpu, not for tpu; use None, which adapts"),
         (257, False, "keys have size 257 and values 257, and the kernels take 256 at most"),
         (16, True, "the kernels compute in float32, not in float64"),
     ],

@@ -100,7 +100,7 @@ def test_the_kernel_named_on_a_cpu_is_refused_with_a_reason():
     with pytest.raises(NotImplementedError) as caught:
         router_descent(*arrays(two_tiles(), "float32"), implementation="pallas_tpu")
     assert str(caught.value) == (
-        "router_descent: implementation='pallas_tpu' cannot run this: this process computes on cpu, not on tpu; "
+        "router_descent: implementation='pallas_tpu' cannot run this: programs here are for cpu, not for tpu; "
         "use None, which adapts."
     )
 

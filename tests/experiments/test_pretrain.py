@@ -161,7 +161,15 @@ def test_what_does_not_change_the_numbers_may_change_on_going_on(corpus, finishe
         (["--model.pattern", "mamba"], "mamba"),
         (["--model.solver.tolerance", "2"], r"tolerance=2.0 is outside \[0, 1\)"),
         (["--optimizer.peak-lr", "-1"], "peak_lr=-1.0 must be positive"),
-        (["--mesh.tensor", "3"], "mesh: data=.* x fsdp=1 x tensor=3 needs .* devices, but there are 2"),
+        (["--mesh.tensor", "3"], "mesh: data=.* x fsdp=1 x sequence=1 x tensor=3 needs .* devices, but there are 2"),
+        (
+            ["--mesh.sequence", "2", "--data.length", "31"],
+            "data.length: 31 tokens cannot be shared evenly by mesh.sequence=2",
+        ),
+        (
+            ["--mesh.tensor", "2", "--model.num-heads", "3"],
+            "mesh.tensor: 3 heads cannot be shared evenly by 2 devices; take a divisor",
+        ),
         (["--mesh.cpu-devices", "5"], "mesh.cpu_devices: 5 cannot be had, this process already uses 2"),
     ],
 )

@@ -36,6 +36,7 @@ from mesanet_jax.sharding import batch_sharding
 
 GIB = 1 << 30
 DEFAULT = "1b"
+PASSES = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}  # of a matrix unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +188,8 @@ def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip:
         f"a step between {max(compute, network):.3f} s (sending hidden behind computing) and {compute + network:.3f} s "
         f"(not hidden): MFU {model / (compute + network):.0%} to {model / max(compute, network):.0%}",
         f"reckoned with {chip.flops / 1e12:.0f} TFLOP/s in bfloat16 and {chip.ring_bytes / 1e9:.0f} GB/s along a ring; "
-        f"{config.solver_steps:g} solver steps a token, their float32 products six times as dear; not measured",
+        f"{config.solver_steps:g} solver steps a token, their {config.model.solver.precision} products in "
+        f"{PASSES[config.model.solver.precision]} passes; not measured",
         _fits(worst, chip),
         "",
         f"python -m experiments.mesanet.pretrain {shlex.join(launch_options(sys.argv[1:]))}",
@@ -221,12 +223,11 @@ def _flops(config: AotConfig, name: str, solver_steps: float | None = None) -> f
 def _compute_seconds(config: AotConfig, name: str, chip: Chip, mesh: jax.sharding.Mesh) -> float:
     """Seconds of arithmetic at the chip's peak: solves at the price of their precision, recomputation included."""
     dense = _flops(config, name, 0)
-    passes = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}[config.model.solver.precision]
-    solves = _flops(config, name) - dense
+    solves = PASSES[config.model.solver.precision] * (_flops(config, name) - dense)
     if name == "train" and config.model.remat != "nothing":
         dense *= 4 / 3  # forward once more; with "all_but_solutions" the solves are kept
         solves *= 3 / 2 if config.model.remat == "everything" else 1
-    return _tokens(config, name) * (dense + passes * solves) / mesh.size / chip.flops
+    return _tokens(config, name) * (dense + solves) / mesh.size / chip.flops
 
 
 def _network_seconds(program: Compiled, chip: Chip) -> float:

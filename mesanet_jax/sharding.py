@@ -105,7 +105,7 @@ def mesa(q, k, v, log_decay, beta, ridge, state, *, segment_ids, solver, with_re
     batch, time = _batch_and_time(mesh, q.shape)
     if q.shape[1] == 1 and segment_ids is None and state is not None:
         operator = functools.partial(_one_token, **choices)
-    elif time is None or mesh.shape[time] == 1:
+    elif time is None:
         operator = functools.partial(_sequence, **choices)
     else:
         operator = functools.partial(_stretch, axis=time, **choices)
@@ -146,8 +146,9 @@ def _batch_and_time(mesh, shape: tuple[int, ...]):
 
 
 def _dividing(mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
-    """Those of the axes that the mesh has, or None where they do not divide the size (a batch of one, say)."""
-    names = tuple(name for name in ((axes,) if isinstance(axes, str) else axes or ()) if name in mesh.shape)
+    """Those of the axes that split anything, or None where they do not divide the size (a batch of one, say)."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
     if not names or size % math.prod(mesh.shape[name] for name in names):
         return None
     return names[0] if len(names) == 1 else names

@@ -54,6 +54,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_a_layer_whose_time_is_split_equals_the_whole_in_value_state_and_gradient(documents):
     ids = DOCUMENTS[documents]
+    if documents == "one begins in each stretch":
+        ids = ids.astype(np.uint8)  # numbers without a sign have no -1 to stand for none
 
     def layer(q, k, v, log_decay, beta, ridge, kk, kv):
         choices = {"segment_ids": ids, "solver": SOLVER, "with_report": False}

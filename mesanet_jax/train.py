@@ -1,6 +1,7 @@
 """One optimizer step as a pure function of state and batch."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -49,12 +50,20 @@ class OptimizerConfig:
             raise ValueError("OptimizerConfig: b1 and b2 must lie in [0, 1), eps and clip_norm above 0.")
 
 
+class Skipped(NamedTuple):
+    """Steps that changed no parameter and no moment, because their loss or gradient was not finite."""
+
+    total: jax.Array  # [] int32
+    in_a_row: jax.Array  # [] int32, up to the last step
+
+
 class TrainState(NamedTuple):
     """Everything that training changes. Randomness is a function of (seed, step), so no key is carried."""
 
-    step: jax.Array  # [] int32, updates done
+    step: jax.Array  # [] int32, batches taken in
     params: dict
     opt_state: optax.OptState
+    skipped: Skipped
 
 
 class Metrics(NamedTuple):
@@ -65,6 +74,10 @@ class Metrics(NamedTuple):
     num_targets: jax.Array
     solver_steps: jax.Array  # mean over tokens, heads and layers
     solver_residual: jax.Array  # worst relative residual
+    skipped: jax.Array  # steps so far, this one included
+    skipped_in_a_row: jax.Array
+    bad_micro_batch: jax.Array  # the first whose loss is not finite, or -1
+    bad_gradient: jax.Array  # the first, in the order of jax.tree.leaves(params), that is not finite, or -1
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -94,7 +107,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 def init_train_state(key: jax.Array, model: MesaNet, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step; jit it with shardings to create it in place."""
     params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), Skipped(jnp.int32(0), jnp.int32(0)))
 
 
 def train_state_shardings(model: MesaNet, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
@@ -109,7 +122,7 @@ def train_state_shardings(model: MesaNet, optimizer: optax.GradientTransformatio
         params,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, params, opt_state)
+    return TrainState(replicated, params, opt_state, Skipped(replicated, replicated))
 
 
 def train_step(
@@ -118,29 +131,49 @@ def train_step(
     """Does one update from micro-batches: batch arrays are [a, b, t + 1].
 
     Gradients are summed over micro-batches and divided by the number of target tokens once, so that splitting a batch
-    changes nothing but rounding.
+    changes nothing but rounding. A loss or gradient that is not finite leaves parameters and moments as they are: the
+    step is skipped and counted, and neither the schedule nor the bias correction of the optimizer moves on.
     """
-
-    def accumulate(carry, micro: Batch):
-        grads, loss, watched = carry
-        (micro_loss, micro_watched), micro_grads = jax.value_and_grad(_loss, has_aux=True)(state.params, micro, model)
-        grads = jax.tree.map(jnp.add, grads, micro_grads)
-        return (grads, loss + micro_loss, _merge(watched, micro_watched)), None
-
-    nothing = _Watched(*(jnp.float32(0) for _ in _Watched._fields))
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (grads, loss, watched), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0), nothing), batch)
+    grads, losses, watched = _gradients(state.params, batch, model)
     num_targets = jnp.maximum(watched.num_targets, 1)
     grads = jax.tree.map(lambda g: g / num_targets, grads)
+    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+    loss, grad_norm = jnp.sum(losses) / num_targets, jnp.sqrt(jnp.sum(squares))
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updated = (optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = jax.tree.map(functools.partial(jnp.where, good), updated, (state.params, state.opt_state))
+    skipped = Skipped(state.skipped.total + ~good, jnp.where(good, 0, state.skipped.in_a_row + 1))
     metrics = Metrics(
-        loss=loss / num_targets,
-        grad_norm=optax.tree.norm(grads),
+        loss=loss,
+        grad_norm=grad_norm,
         num_targets=watched.num_targets,
         solver_steps=watched.solver_steps / watched.solves,  # 0 / 0 is the NaN that says "no mesa layer"
         solver_residual=jnp.where(watched.solves > 0, watched.solver_residual, jnp.nan),
+        skipped=skipped.total,
+        skipped_in_a_row=skipped.in_a_row,
+        bad_micro_batch=_first_not_finite(losses),
+        bad_gradient=_first_not_finite(squares),
     )
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped), metrics
+
+
+def _gradients(params, batch: Batch, model: MesaNet) -> tuple[dict, jax.Array, "_Watched"]:
+    """Returns gradients of the summed loss, the loss of each micro-batch [a] and what was watched."""
+
+    def accumulate(carry, micro: Batch):
+        grads, watched = carry
+        (loss, micro_watched), micro_grads = jax.value_and_grad(_loss, has_aux=True)(params, micro, model)
+        return (jax.tree.map(jnp.add, grads, micro_grads), _merge(watched, micro_watched)), loss
+
+    nothing = _Watched(*(jnp.float32(0) for _ in _Watched._fields))
+    (grads, watched), losses = jax.lax.scan(accumulate, (jax.tree.map(jnp.zeros_like, params), nothing), batch)
+    return grads, losses, watched
+
+
+def _first_not_finite(values: jax.Array) -> jax.Array:
+    bad = ~jnp.isfinite(values)
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
 
 
 class _Watched(NamedTuple):

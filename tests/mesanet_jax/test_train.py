@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import pallas_kernels
 from mesanet_jax import SIZES, MesaNet
 from mesanet_jax.flops import forward_flops, training_flops
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
@@ -69,6 +70,54 @@ def test_splitting_a_batch_into_micro_batches_changes_only_rounding():
     assert metrics.num_targets == metrics_of_parts.num_targets == 8 * 20 - 1 - 6
     for a, b in zip(jax.tree.leaves(parts.opt_state), jax.tree.leaves(whole.opt_state), strict=True):
         tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
+
+
+def spoilt_by_a_token(good: Batch) -> Batch:
+    """An id beyond the vocabulary in the third micro-batch; its embedding is NaN."""
+    return good._replace(tokens=good.tokens.at[2, 1, 4].set(SMALL.vocab_size))
+
+
+def test_a_batch_that_gives_nan_changes_nothing_and_is_counted_and_named():
+    state, step = compiled()
+    after_one, _ = step(state, batch(4))
+    skipped, metrics = step(after_one, spoilt_by_a_token(batch(4)))
+    assert np.isnan(metrics.loss) and (skipped.skipped.total, skipped.skipped.in_a_row, skipped.step) == (1, 1, 2)
+    assert (metrics.skipped, metrics.skipped_in_a_row, metrics.bad_micro_batch) == (1, 1, 2)
+    assert metrics.bad_gradient >= 0
+    for a, b in ((skipped.params, after_one.params), (skipped.opt_state, after_one.opt_state)):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    (went_on, metrics), (undisturbed, _) = step(skipped, batch(4)), step(after_one, batch(4))
+    assert (metrics.skipped, metrics.skipped_in_a_row, metrics.bad_micro_batch, metrics.bad_gradient) == (1, 0, -1, -1)
+    jax.tree.map(np.testing.assert_array_equal, went_on.params, undisturbed.params)
+    jax.tree.map(np.testing.assert_array_equal, went_on.opt_state, undisturbed.opt_state)
+
+
+@jax.custom_vjp
+def nan_backwards(x):
+    """The identity, with a gradient of NaN."""
+    return x
+
+
+nan_backwards.defvjp(lambda x: (x, None), lambda _, dx: (jnp.full_like(dx, jnp.nan),))
+
+
+@pytest.mark.parametrize("place", ["one number of its output", "its gradient to the ridge"])
+def test_a_nan_of_the_kernel_changes_nothing_and_is_named(monkeypatch, place):
+    mesa_chunk, forward = pallas_kernels.mesa_chunk, "output" in place
+
+    def broken(q, k, v, log_decay, beta, ridge, state, **choices):
+        out, *rest = mesa_chunk(q, k, v, log_decay, beta, ridge if forward else nan_backwards(ridge), state, **choices)
+        return (out.at[0, 3, 1, 5].set(jnp.nan) if forward else out, *rest)
+
+    monkeypatch.setattr(pallas_kernels, "mesa_chunk", broken)
+    state, _ = compiled()
+    model, optimizer = MesaNet(SMALL), make_optimizer(OPTIMIZER, 50)
+    found, metrics = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer))(state, batch())
+    jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, state.opt_state)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    assert metrics.skipped == 1 and metrics.bad_micro_batch == (0 if forward else -1)
+    assert forward or "ridge" in names[int(metrics.bad_gradient)]
 
 
 @pytest.mark.parametrize("pattern", [("mesa",), ("attention",)], ids="+".join)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test check bench lower notebooks clean
+.PHONY: setup demo test check bench lower torture notebooks clean
 
 setup: $(VENV)/installed
 
@@ -31,6 +31,9 @@ bench: setup  ## speed and memory as ratios, against PyTorch in the same run
 lower: setup  ## what the TPU compiler says each kernel costs, beside the last commit's record
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tpu]"
 	$(RUN) -m experiments.lower
+
+torture: setup  ## kill, corrupt, fill and poison runs, and write RELIABILITY.md (25 minutes)
+	$(RUN) -m experiments.reliability
 
 notebooks: setup  ## write the .ipynb of every notebook source anew
 	$(VENV)/bin/jupytext --to ipynb experiments/notebooks/*.py

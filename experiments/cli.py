@@ -14,6 +14,8 @@ Config = TypeVar("Config")
 class UserError(Exception):
     """A mistake the user can mend; the message is one sentence that names the field and the remedy."""
 
+    status = 2  # that the command ends with
+
 
 def run(function: Callable[[Config], object], config: type[Config], args: Sequence[str] | None = None) -> None:
     """Parses the command line into `config` and calls `function`."""
@@ -53,17 +55,18 @@ def start_anew(output: Path) -> None:
 
 
 def _guarded(call: Callable[[], object]) -> None:
-    """Turns mistakes into a sentence and exit status 2; everything else keeps its traceback."""
+    """Turns mistakes into a sentence and an exit status, mostly 2; everything else keeps its traceback."""
     try:
         call()
     except UserError as error:
-        complaint = str(error)
+        complaint, status = str(error), error.status
     except OSError as error:  # what no field is to blame for: permissions, a disk that fills up at an odd moment
         complaint = f"{error.filename or 'a file'}: {error.strerror or error}; nothing saved before was touched."
+        status = UserError.status
     else:
         return
     print(f"error: {complaint}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def program() -> str:

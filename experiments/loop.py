@@ -1,180 +1,134 @@
 """Training in reading order: data -> step -> log -> checkpoint.
 
 A run is exact: started again after any interruption, it computes bit for bit what it would have computed without one.
-Batch n is a function of n, a checkpoint holds everything else, and the logbook never runs behind the checkpoint.
+The batch of step n is a function of n, a checkpoint holds everything else, and the logbook never runs behind the
+checkpoint. On several hosts all do the same, and the first one writes.
 """
 
-import sys
-import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from experiments import hosts
 from experiments.checkpoints import Checkpoints
-from experiments.cli import UserError
-from experiments.data import held_out_text, ordered_batches, shuffled_batches, training_text
-from experiments.logbook import Logbook
-from experiments.mesh import make_mesh, matmul_peak
-from experiments.programs import Programs, check_fits
-from experiments.runs import RunConfig, check_run, create_run
-from mesanet_jax.flops import training_flops
-from mesanet_jax.model import num_parameters
-from mesanet_jax.train import (
-    Metrics,
-    TrainState,
-    learning_rate,
-)
+from experiments.data import held_out_text, ordered_batches, shuffled_rows, training_text
+from experiments.feed import Feed
+from experiments.goodput import process_start
+from experiments.journal import Journal
+from experiments.mesh import keep_compiled, make_mesh
+from experiments.preemption import Preempted, Preemption
+from experiments.programs import Programs, check_fits, split
+from experiments.runs import RunConfig, check_run, create_run, flat
+from experiments.trackers import check as check_trackers
+from mesanet_jax.train import TrainState
 
 
 def train(config: RunConfig) -> TrainState:
     """Trains, or goes on training, until config.num_steps are done; returns the final state.
 
     Raises:
-      UserError: config, data, folder or devices do not fit, or the loss stopped being finite; what was saved stays.
+      UserError: config, data, folder, hosts or devices do not fit, or too many steps in a row had to be skipped; what
+        was saved stays.
+      Preempted: a signal asked this process to leave, and everything is saved.
     """
-    tokenizer = check_run(config)
+    began = process_start()
+    check_trackers(config.track)
+    hosts.start(config.hosts, {name: x for name, x in flat(config).items() if name != "hosts.index"})
+    keep_compiled(config.compile_cache)
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
-    text = training_text(config.data, tokenizer)
-    training = shuffled_batches(text, config.data)
-    held_out = ordered_batches(held_out_text(config.data, tokenizer), config.data.batch_size)
+    text, held_out = hosts.together(lambda: _read(config))
     programs = Programs.make(config, mesh)
-    create_run(config, text.fingerprint)  # from here on things are written
-    with jax.set_mesh(mesh), Checkpoints(config.output / "checkpoints", config.keep) as checkpoints:
-        state, first = _start(config, programs, checkpoints)
-        with Logbook(config.output / "log.jsonl", first) as logbook, _Console(config, first) as console:
-            console.say(_introduction(config, state, mesh, first))
-            journal = _Journal(config, logbook, console, matmul_peak(mesh, config.model.dtype))
-            for step in range(first, config.num_steps):
-                batch = programs.place(training[step], config.micro_batches)
-                begin = time.perf_counter()
-                state, metrics = programs.train(state, batch)
-                journal.note(step, metrics, begin)
-                done = step + 1 == config.num_steps
-                if done or (config.eval_every and (step + 1) % config.eval_every == 0):
-                    journal.wait()
-                    journal.settle(held_out_loss=_held_out_loss(state, held_out, programs, config.eval_batches))
-                if done or (step + 1) % config.save_every == 0:
-                    journal.settle()  # the logbook first, so that it never lacks a step that the checkpoint has
-                    checkpoints.save(step + 1, state)
+    hosts.one_by_one(lambda: create_run(config, text.fingerprint))  # from here on things are written
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(config.output / "checkpoints", config.keep) as checkpoints,
+        Feed(shuffled_rows(text, config.data), config, programs) as feed,
+        hosts.leaving_with_the_others(),
+    ):
+        state, done = _newest(config, programs, checkpoints)
+        with Journal(config, state.params, mesh, done, began) as journal:
+            if done == config.num_steps and journal.evaluated(done):
+                return state
+            compiled = _compile(config, programs, state, journal)
+            batches = ordered_batches(held_out, config.data.batch_size)
+            with Preemption(config.grace_seconds, jax.process_count() == 1) as preemption:
+                about, saved = {"mesh": dict(mesh.shape), "hosts": jax.process_count()}, done
+                while not journal.signal:
+                    if _evaluation_due(config, done) and not journal.evaluated(done):
+                        with journal.beside_steps("evaluated", done):
+                            loss = _held_out_loss(state, batches, programs, compiled, config, preemption.at_once)
+                        journal.evaluate(done, loss)
+                    batch = feed.take(done, preemption.at_once) if done < config.num_steps else None
+                    if batch is None:
+                        break
+                    journal.begin(done)
+                    state, metrics = compiled.train(state, batch)
+                    journal.note(done, metrics, preemption.signal)
+                    done += 1
+                    if done % config.save_every == 0:
+                        with journal.beside_steps("saved", done):  # the logbook first: it lacks no step of a checkpoint
+                            checkpoints.save(done, state, **about)
+                        saved = done
+                with journal.beside_steps("saved", done):
+                    if saved < done:
+                        checkpoints.save(done, state, **about)
+                    checkpoints.wait()
+                finished = done == config.num_steps and journal.evaluated(done)
+                signal = 0 if finished else journal.signal or preemption.signal
+                journal.end(done, signal)
+        if signal:
+            raise Preempted(signal)
     return state
 
 
-def _start(config: RunConfig, programs: Programs, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """Returns the newest state of the run and the number of the step to do next."""
-    latest = checkpoints.latest_step()
-    if latest is None:
-        return programs.init(jax.random.key(config.seed)), 0
-    return checkpoints.restore(latest, programs.state_shapes()), latest
+class _Compiled(NamedTuple):
+    """The programs of a run, ready before the first step: afterwards nothing keeps a signal waiting for long."""
+
+    train: Callable
+    loss: Callable
 
 
-def _held_out_loss(state: TrainState, held_out, programs: Programs, num_batches: int) -> float:
-    """Returns nats per target over the first held-out batches, the same ones every time."""
-    batches = (programs.place(held_out[i], 1) for i in range(min(num_batches, len(held_out))))
-    losses, targets = zip(*jax.device_get([programs.loss(state.params, batch) for batch in batches]), strict=True)
-    return float(np.sum(losses, dtype=np.float64) / np.sum(targets, dtype=np.float64))
+def _read(config: RunConfig):
+    """Returns windows of training and of held-out text, of a run that may begin or go on."""
+    tokenizer = check_run(config)
+    return training_text(config.data, tokenizer), held_out_text(config.data, tokenizer)
 
 
-class _Pending(NamedTuple):
-    """A step whose results may still be on their way."""
-
-    step: int
-    metrics: Metrics
-    begin: float  # when it was handed to the device
+def _newest(config: RunConfig, programs: Programs, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """Returns the newest state of the run and the number of steps that it has done."""
+    found = checkpoints.newest(programs.state_shapes(), hosts.say)
+    return found or (programs.init(jax.random.key(config.seed)), 0)
 
 
-class _Journal:
-    """Writes each step's entry one step late, so that the device never waits for the terminal."""
-
-    def __init__(self, config: RunConfig, logbook: Logbook, console: "_Console", peak: float):
-        self._config, self._logbook, self._console, self._peak = config, logbook, console, peak
-        self._schedule = learning_rate(config.optimizer, config.num_steps)
-        self._pending: _Pending | None = None
-        self._end = 0.0  # when the last step was done
-
-    def note(self, step: int, metrics: Metrics, begin: float) -> None:
-        """Takes in the step just handed to the device, and writes the one before."""
-        self.settle()
-        self._pending = _Pending(step, metrics, begin)
-
-    def wait(self) -> None:
-        """Waits for the step taken in last; what follows (an evaluation, say) does not count into its time."""
-        if self._pending is not None and not isinstance(self._pending.metrics.loss, float):
-            metrics = Metrics(*(float(x) for x in jax.device_get(self._pending.metrics)))
-            begin, self._end = max(self._pending.begin, self._end), time.perf_counter()
-            self._pending = _Pending(self._pending.step, metrics, begin)
-
-    def settle(self, **more: float) -> None:
-        """Writes the step taken in last, with more measurements of it."""
-        self.wait()
-        if self._pending is None:
-            return
-        entry = self._entry(self._pending) | more
-        self._pending = None
-        self._logbook.write(entry)
-        self._console.step(entry)
-        if not np.isfinite([entry["loss"], entry["grad_norm"]]).all():
-            raise UserError(
-                f"optimizer.peak_lr: the loss or gradient of step {entry['step']} is not finite, and nothing was saved "
-                f"after it; start again with a new --output and a rate below {self._config.optimizer.peak_lr}."
-            )
-
-    def _entry(self, done: _Pending) -> dict[str, Any]:
-        data, steps = self._config.data, done.metrics.solver_steps
-        tokens_per_second = data.batch_size * data.length / (self._end - done.begin)
-        flops = training_flops(self._config.model, data.length, None if np.isnan(steps) else steps)
-        return {
-            "step": done.step,
-            **done.metrics._asdict(),
-            "learning_rate": float(self._schedule(done.step)),
-            "tokens_per_second": tokens_per_second,
-            "flops_utilisation": tokens_per_second * flops / self._peak,
-        }
-
-
-class _Console:
-    """A progress bar on a terminal, otherwise a line every so many steps."""
-
-    def __init__(self, config: RunConfig, first: int):
-        self._config = config
-        self._bar = tqdm(
-            total=config.num_steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+def _compile(config: RunConfig, programs: Programs, state: TrainState, journal: Journal) -> _Compiled:
+    with journal.compiling():
+        return _Compiled(
+            programs.train.lower(state, programs.batch_shapes(config)).compile(),
+            programs.loss.lower(state.params, programs.batch_shapes(config, parts=1)).compile(),
         )
 
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._bar.write(text)
 
-    def step(self, entry: dict[str, Any]) -> None:
-        """Shows a step."""
-        text = f"loss {entry['loss']:.4f}"
-        if "held_out_loss" in entry:
-            text += f", held out {entry['held_out_loss']:.4f}"
-        self._bar.set_postfix_str(text)
-        self._bar.update()
-        step = entry["step"] + 1
-        if self._bar.disable and (step % self._config.log_every == 0 or "held_out_loss" in entry):
-            solver = "" if np.isnan(entry["solver_steps"]) else f", {entry['solver_steps']:.1f} solver steps"
-            print(
-                f"step {step}/{self._config.num_steps}  {text}, {entry['tokens_per_second']:,.0f} tokens/s{solver}",
-                flush=True,
-            )
-
-    def __enter__(self) -> "_Console":
-        return self
-
-    def __exit__(self, *error) -> None:
-        """Leaves the bar as it is."""
-        self._bar.close()
+def _evaluation_due(config: RunConfig, done: int) -> bool:
+    return done == config.num_steps or bool(done and config.eval_every and done % config.eval_every == 0)
 
 
-def _introduction(config: RunConfig, state: TrainState, mesh: jax.sharding.Mesh, first: int) -> str:
-    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    kind = mesh.devices.flat[0].device_kind
-    begin = f"goes on at step {first}" if first else "starts"
-    return (
-        f"{config.output} {begin}: {num_parameters(state.params):,} parameters, {config.model.num_layers} layers of "
-        f"{' + '.join(config.model.pattern)}, {mesh.size} x {kind} ({sizes})"
-    )
+def _held_out_loss(
+    state: TrainState,
+    batches,
+    programs: Programs,
+    compiled: _Compiled,
+    config: RunConfig,
+    stop: Callable[[], bool],
+) -> float | None:
+    """Returns nats per target over the first held-out batches, the same ones every time; None if it was stopped."""
+    losses, targets = [], []
+    for i in range(min(config.eval_batches, len(batches))):
+        if stop():
+            return None
+        loss, number = jax.device_get(compiled.loss(state.params, programs.place(split(batches[i], 1))))
+        losses.append(loss)
+        targets.append(number)
+    return float(np.sum(losses, dtype=np.float64) / np.sum(targets, dtype=np.float64))

@@ -63,8 +63,15 @@ def compiler_options(platform: str | None = None) -> dict[str, str] | None:
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 
 
-def matmul_peak(mesh: jax.sharding.Mesh, dtype: str, size: int = 2048) -> float:
+def keep_compiled(folder: str) -> None:
+    """Keeps compiled programs in a folder, so that the next start need not compile them; an empty name does nothing."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def matmul_peak(mesh: jax.sharding.Mesh, dtype: str) -> float:
     """Returns the FLOP/s of all devices of the mesh together at matrix products, measured now: the best of five."""
+    size = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192  # small takes longer to hand over than to compute
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
     x = jax.device_put(jnp.ones((mesh.size * size, size), dtype), rows)

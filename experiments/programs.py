@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from experiments.cli import UserError
 from experiments.mesh import compiler_options
@@ -23,7 +25,7 @@ class Programs(NamedTuple):
     loss: Callable  # (params, batch [1, b, t + 1]) -> (summed loss, number of targets)
     prefill: Callable  # (params, tokens [b, t]) -> (logits of the last token [b, y], state)
     decode: Callable  # (params, tokens [b, 1], state) -> the same
-    place: Callable[[Batch, int], Batch]  # (batch on this host, micro-batches) -> batch on the devices
+    batch: NamedSharding  # of batches [a, b, t + 1]
     shardings: TrainState
 
     @classmethod
@@ -43,7 +45,7 @@ class Programs(NamedTuple):
             loss=jit(functools.partial(_batch_loss, model)),
             prefill=jit(functools.partial(_continue, model)),
             decode=jit(functools.partial(_continue, model), donate_argnums=2),
-            place=lambda batch, parts: jax.device_put(split(batch, parts), batch_sharding(mesh, leading_axes=1)),
+            batch=batch_sharding(mesh, leading_axes=1),
             shardings=shardings,
         )
 
@@ -51,6 +53,24 @@ class Programs(NamedTuple):
         """Returns shapes, types and shardings of the state; computes nothing, so the devices may be elsewhere."""
         shapes = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
+
+    def batch_shapes(self, config: RunConfig, parts: int | None = None) -> Batch:
+        """Returns shapes, types and sharding of a batch in so many parts, by default its micro-batches."""
+        parts = parts or config.micro_batches
+        shape = (parts, config.data.batch_size // parts, config.data.length + 1)
+        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch)
+        return Batch(array, array)
+
+    def rows_here(self, config: RunConfig) -> list[int]:
+        """Returns which rows of a batch the devices of this host hold."""
+        parts, rows, _ = shape = self.batch_shapes(config).tokens.shape
+        indices = self.batch.addressable_devices_indices_map(shape).values()
+        held = {range(*index[1].indices(rows)) for index in indices if index is not None}
+        return sorted(part * rows + row for part in range(parts) for some in held for row in some)
+
+    def place(self, batch: Batch) -> Batch:
+        """Puts a batch [a, b, t + 1] of this host onto the devices: of all its rows only those that belong here."""
+        return Batch(*(jax.make_array_from_callback(x.shape, self.batch, x.__getitem__) for x in batch))
 
 
 def split(batch: Batch, parts: int) -> Batch:

@@ -6,7 +6,7 @@ import os
 import typing
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from experiments.checkpoints import Checkpoints
 from experiments.cli import UserError
 from experiments.data import DataConfig
+from experiments.hosts import HostsConfig
 from experiments.mesh import MeshConfig
 from experiments.tokenizers import Tokenizer, load_tokenizer
 from mesanet_jax import MesaNet, MesaNetConfig
@@ -21,7 +22,13 @@ from mesanet_jax.train import OptimizerConfig, init_train_state, make_optimizer
 
 # Fields that a run may go on with other values of. All but `mesh` leave every bit as it is; another mesh adds numbers
 # up in another order, so the curve goes on with other rounding.
-FREE_FIELDS = {"output", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_batches"}
+FREE_FIELDS = {"output", "mesh", "hosts", "save_every", "keep", "log_every", "eval_every", "eval_batches"} | {
+    "max_skips",
+    "grace_seconds",
+    "compile_cache",
+    "profile_steps",
+    "track",
+}
 LEFT_BEHIND = {".writable", "config.draft", "tokenizer.json", "fingerprints.json"}  # by a start that was killed
 
 
@@ -43,6 +50,12 @@ class RunConfig:
       eval_every: steps between held-out losses; 0 only at the end.
       eval_batches: held-out batches that loss is taken over.
       log_every: steps between lines on the console.
+      max_skips: steps in a row that may be skipped, because loss or gradient is not finite, before the run stops.
+      hosts: the processes of the run.
+      grace_seconds: time after SIGTERM or Ctrl-C to save everything in.
+      compile_cache: folder that compiled programs are kept in between starts; empty keeps none.
+      profile_steps: first step to profile and the one after the last, into the run's folder `profile`.
+      track: where the logbook is copied to, live.
     """
 
     output: Path = Path("runs/tiny")
@@ -58,11 +71,21 @@ class RunConfig:
     eval_every: int = 1000
     eval_batches: int = 16
     log_every: int = 10
+    max_skips: int = 5
+    hosts: HostsConfig = HostsConfig()
+    grace_seconds: float = 25.0
+    compile_cache: str = ""
+    profile_steps: tuple[int, int] | None = None
+    track: tuple[Literal["tensorboard", "trackio"], ...] = ()
 
     def __post_init__(self):
-        for field in ("num_steps", "micro_batches", "save_every", "keep", "eval_batches", "log_every"):
+        for field in ("num_steps", "micro_batches", "save_every", "keep", "eval_batches", "log_every", "max_skips"):
             if getattr(self, field) < 1:
                 raise ValueError(f"RunConfig: {field}={getattr(self, field)} must be at least 1.")
+        if self.grace_seconds <= 0:
+            raise ValueError(f"RunConfig: grace_seconds={self.grace_seconds} must be positive.")
+        if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
+            raise ValueError(f"RunConfig: profile_steps={self.profile_steps} must be a step and a later one.")
         if self.data.batch_size % self.micro_batches:
             raise ValueError(
                 f"RunConfig: micro_batches={self.micro_batches} does not divide data.batch_size={self.data.batch_size}."
@@ -90,15 +113,15 @@ def open_run(path: Path, step: int | None = None) -> Run:
     config = _read_config(path)
     model = MesaNet(config.model)
     tokenizer = stored_tokenizer(path, config)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    shapes = jax.eval_shape(lambda key: init_train_state(key, model, optimizer), jax.random.key(0))
+    here = SingleDeviceSharding(jax.devices()[0])  # wherever it was trained
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     with Checkpoints.open(path / "checkpoints") as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
-        if step not in checkpoints.steps():
-            raise UserError(f"run: {path} has no checkpoint {step or ''}; it has {checkpoints.steps() or 'none yet'}.")
-        optimizer = make_optimizer(config.optimizer, config.num_steps)
-        shapes = jax.eval_shape(lambda key: init_train_state(key, model, optimizer), jax.random.key(0))
-        here = SingleDeviceSharding(jax.devices()[0])  # wherever it was trained
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-        state = checkpoints.restore(step, like)
+        found = checkpoints.newest(like, print) if step is None else (checkpoints.restore(step, like), step)
+    if found is None:
+        raise UserError(f"run: {path} has no checkpoint yet.")
+    state, step = found
     return Run(path.name or str(path), path, config, model, state.params, tokenizer, step)
 
 
@@ -140,8 +163,8 @@ def create_run(config: RunConfig, text: int) -> None:
     if (folder / "config.json").exists():
         if _fingerprints(folder)["text"] != text:
             raise UserError(
-                f"data.source: the text of {config.data.source} is not the one that the run in {folder} was started "
-                f"with; bring it back or give another --output."
+                f"data.source: the text of {' + '.join(config.data.source)} is not the one that the run in {folder} "
+                f"was started with; bring it back or give another --output."
             )
         return
     tokenizer = b""
@@ -189,7 +212,7 @@ def _check_writable(folder: Path) -> None:
 
 def _check_same(saved: RunConfig, config: RunConfig) -> None:
     """Raises for the first field that differs between a run and the command that would go on with it."""
-    before, now = _flat(saved), _flat(config)
+    before, now = flat(saved), flat(config)
     for field, value in now.items():
         if field.split(".")[0] not in FREE_FIELDS and before[field] != value:
             raise UserError(
@@ -198,13 +221,14 @@ def _check_same(saved: RunConfig, config: RunConfig) -> None:
             )
 
 
-def _flat(config, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(config, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a nested dataclass by their names on the command line."""
+    values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         name = prefix + field.name
-        flat |= _flat(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
-    return flat
+        values |= flat(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return values
 
 
 def _read_config(folder: Path) -> RunConfig:
@@ -225,8 +249,10 @@ def _build(cls, values: dict[str, Any]):
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             value = _build(hint, value)
-        elif typing.get_origin(hint) is tuple:
+        elif isinstance(value, list):
             value = tuple(value)
+        elif typing.get_origin(hint) is tuple and isinstance(value, str):
+            value = (value,)  # of a version that knew only one
         elif hint is Path:
             value = Path(value)
         arguments[name] = value

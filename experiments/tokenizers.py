@@ -1,5 +1,6 @@
 """Text to ids and back: raw bytes by default, or any file of the `tokenizers` library."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,10 @@ class Tokenizer(Protocol):
         """Returns ids [t] int32 without BOS."""
         ...
 
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the same of each text, on all cores if it can."""
+        ...
+
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids [t] and the number of UTF-8 bytes [t] that each stands for; these add up to the text's."""
         ...
@@ -39,6 +44,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Returns ids [t] int32 without BOS."""
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text."""
+        return [self.encode(text) for text in texts]
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids [t] and ones [t]."""
@@ -75,13 +84,19 @@ class FileTokenizer:
         """Returns ids [t] int32 without BOS."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids [t] and bytes [t]: a token stands for the text from the end of the one before to its own."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ends = np.maximum.accumulate([end for _, end in encoding.offsets] or [0])[: len(encoding.ids)]
         if len(ends):
             ends[-1] = len(text)
-        size = np.array([len(c.encode("utf-8", "surrogatepass")) for c in text], np.int64)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        size = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)  # bytes of each character in UTF-8
         total = np.concatenate([[0], np.cumsum(size)])
         return np.asarray(encoding.ids, np.int32), np.diff(total[ends], prepend=0).astype(np.int32)
 

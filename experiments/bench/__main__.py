@@ -1,12 +1,13 @@
-"""The operators against yardsticks of the same work, and how memory and time grow.
+"""The operators against yardsticks of the same work, how memory and time grow, and what saving costs.
 
 Papers:   arXiv 2506.05233, appendix C (solver) and section 3 (cost); arXiv 2502.20395, section 3 (descent, neighbours).
 Command:  python -m experiments.bench        (part "mesa" needs the extra `bench`: PyTorch, on the CPU)
-Cost:     about 11 minutes on 2 cores, 4 of them for part "solver"; run it on a machine that does nothing else.
+Cost:     about 22 minutes on 2 cores, 4 of them for part "solver", 11 for "saving"; run it on a machine that does
+          nothing else.
 Expected: mesa_chunk at least 1.2 times PyTorch on every line, memory that grows with t to the power 1, flat decoding;
           at most 9 nested steps to 1e-4 and 12 to 1e-6, 0.4 times the work of plain ones on the hard half of the rows;
           router_descent at least 100 times a loop over inputs and neighbours, memory that grows with the batch to the
-          power 1; nearest neighbours within twice the matrix product alone.
+          power 1; nearest neighbours within twice the matrix product alone; a checkpoint a minute costs at most 5 %.
 Measured: see the table in README.md. Only ratios taken within one run are written down.
 """
 
@@ -20,11 +21,11 @@ from pathlib import Path
 import jax
 
 from experiments import cli
-from experiments.bench import contract, growth, router, search, solver, torture
+from experiments.bench import contract, growth, router, saving, search, solver, torture
 from pallas_kernels.mesa_chunk.cases import EASY, HARD, STUDY
 from pallas_kernels.router_descent.cases import BENCHMARK
 
-PARTS = ("mesa", "solver", "router", "search")
+PARTS = ("mesa", "solver", "router", "search", "saving")
 TIMED = ("silu, 0.8-0.99", "low_rank, 0.95-1", "low_rank, 1")  # easy, in between and hard, for the shape of 145m
 
 
@@ -35,12 +36,12 @@ class BenchConfig:
     Attributes:
       output: folder for bench.json and bench.md.
       parts: "mesa" (solver layer), "solver" (its steps and work by preconditioner), "router" (descent on routings),
-        "search" (nearest neighbours).
+        "search" (nearest neighbours), "saving" (checkpoints of a training).
       dims: head sizes.
       length: tokens of a sequence.
       num_heads: heads; the CPU devices share them evenly.
       num_devices: CPU devices, one per core.
-      rounds: turns that every contestant takes; a third of them in part "solver".
+      rounds: turns that every contestant takes; a third of them in parts "solver" and "saving".
       num_adversaries: heads at the edge of what may be asked, of which none may give a number that is not finite.
       memory_lengths: lengths whose peak memory is asked for.
       contexts: contexts after which decoding is timed.
@@ -80,7 +81,13 @@ class BenchConfig:
 
 def main(config: BenchConfig) -> None:
     """Checks the contracts, measures, prints one table per part and writes them to the output folder."""
-    measures = {"mesa": measure_mesa, "solver": measure_solver, "router": measure_router, "search": measure_search}
+    measures = {
+        "mesa": measure_mesa,
+        "solver": measure_solver,
+        "router": measure_router,
+        "search": measure_search,
+        "saving": measure_saving,
+    }
     if "mesa" in config.parts:
         _require_torch()
     jax.config.update("jax_num_cpu_devices", config.num_devices)
@@ -172,6 +179,12 @@ def measure_search(config: BenchConfig) -> tuple[dict, list[str]]:
     """Returns numbers and lines about nearest neighbours."""
     rows = [search.compare(width, config.rounds) for width in config.widths]
     return {"search": [dataclasses.asdict(row) for row in rows]}, search.lines(rows)
+
+
+def measure_saving(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about checkpoints."""
+    stall = saving.measure(-(-config.rounds // 3))
+    return {"saving": stall._asdict()}, saving.lines(stall)
 
 
 def throughput_table(rows) -> list[str]:

@@ -58,7 +58,8 @@ def write_page(
     blocks.append(curve_table(picture.curves, picture.differences))
     first, *others = runs
     title = f"{first} against {', '.join(others)}, position by position" if others else f"{first}, position by position"
-    documents = f"{len(results.scores[first].names):,} held-out documents of {runs[first].config.data.source}"
+    source = " + ".join(runs[first].config.data.source)
+    documents = f"{len(results.scores[first].names):,} held-out documents of {source}"
     subtitle = (
         f"Next-token log-likelihood of {documents}, up to {results.grid.edges[-1]:,} {results.grid.axis} of context"
     )

@@ -179,7 +179,8 @@ def _material(config: CurvesConfig, runs: dict[str, Run]) -> Material:
     beyond_length = sum(max(0, len(document.tokens) - 1 - length) for document in ours)
     scored = sum(min(len(document.tokens) - 1, length) for document in ours)
     notes = [
-        f"Scored: {scored:,} tokens of {len(ours):,} held-out documents of {first.config.data.source}, tokens as "
+        f"Scored: {scored:,} tokens of {len(ours):,} held-out documents of "
+        f"{' + '.join(first.config.data.source)}, tokens as "
         f"{next(iter(runs))} counts them. Not scored: {len(every[next(iter(runs))]) - len(ours):,} held-out documents "
         f"that were not drawn (num_documents, seed), and {beyond_length:,} tokens that lie beyond position {length:,}."
     ]

@@ -11,7 +11,7 @@ The same command goes on with a run that was interrupted, exactly where it was. 
 
 from pathlib import Path
 
-from experiments import cli
+from experiments import cli, hosts
 from experiments.data import DataConfig
 from experiments.loop import train
 from experiments.runs import RunConfig
@@ -46,7 +46,7 @@ PRESETS = {
 def main(config: RunConfig) -> None:
     """Trains and says where the results are."""
     train(config)
-    print(f"log: {config.output / 'log.jsonl'}\ncheckpoints: {config.output / 'checkpoints'}")
+    hosts.say(f"log: {config.output / 'log.jsonl'}\ncheckpoints: {config.output / 'checkpoints'}")
 
 
 if __name__ == "__main__":

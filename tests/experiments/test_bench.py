@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.bench import contract, search
+from experiments.bench import contract, saving, search
 from experiments.bench.__main__ import BenchConfig, main
 from experiments.bench.clock import Timing, ratio, take_turns
 from experiments.cli import UserError
@@ -62,3 +62,11 @@ def test_a_wrong_search_is_not_timed(monkeypatch):
 def test_a_part_that_does_not_exist_is_named():
     with pytest.raises(UserError, match=r"^parts=\('memory',\) must be some of"):
         BenchConfig(parts=("memory",))
+
+
+def test_the_cost_of_saving_is_that_of_a_checkpoint_among_steps(tmp_path):
+    stall = saving.measure(rounds=2, size="tiny", length=32, seconds=0.2)
+    assert stall.steps >= 1 and len(stall.ratios) == 2 and min(stall.ratios) > 0.2
+    parameters_and_two_moments = 3 * 4 * 473_000 / 1e9  # in float32
+    assert stall.gigabytes == pytest.approx(parameters_and_two_moments, rel=0.02)
+    assert "a minute of the tiny model" in saving.lines(stall)[0]

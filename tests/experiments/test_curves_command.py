@@ -42,7 +42,7 @@ FIGURES = ["loss", "solver-mesa", "compute-mesa"]
 
 def fresh_run(folder, corpus, pattern, tokenizer=""):
     """A run whose checkpoint holds initial parameters: nothing here needs a good model."""
-    data = DataConfig(source=str(corpus), held_out=0.4, length=16, batch_size=2, tokenizer=tokenizer)
+    data = DataConfig(source=(str(corpus),), held_out=0.4, length=16, batch_size=2, tokenizer=tokenizer)
     config = RunConfig(output=folder, model=dataclasses.replace(MODEL, pattern=(pattern,)), data=data)
     create_run(config, text=0)
     optimizer = make_optimizer(config.optimizer, config.num_steps)

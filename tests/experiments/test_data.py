@@ -15,9 +15,10 @@ from experiments.data import (
     held_out_text,
     is_held_out,
     ordered_batches,
-    shuffled_batches,
+    shuffled_rows,
     training_text,
 )
+from experiments.data.windows import Piece
 from experiments.tokenizers import ByteTokenizer, load_tokenizer
 
 
@@ -32,16 +33,16 @@ def folder(tmp_path):
 
 
 def config_for(path, **changes) -> DataConfig:
-    return DataConfig(**({"source": str(path), "held_out": 0.2, "length": 16, "batch_size": 4} | changes))
+    return DataConfig(**({"source": (str(path),), "held_out": 0.2, "length": 16, "batch_size": 4} | changes))
 
 
-def training_batches(config: DataConfig):
-    return shuffled_batches(training_text(config, ByteTokenizer()), config)
+def rows_of(config: DataConfig):
+    return shuffled_rows(training_text(config, ByteTokenizer()), config)
 
 
 def test_windows_hold_every_token_once_and_pad_only_the_last():
     documents = [np.array([256, *range(n)], np.int32) for n in (5, 1, 17, 0, 9)]
-    windows = PackedWindows(documents, length=8)
+    windows = PackedWindows.of(documents, length=8)
     pieces = [windows[i] for i in range(len(windows))]
     stream = np.concatenate(documents)
     # each window predicts its last `length` tokens, so without their first tokens the windows tile the stream
@@ -52,34 +53,54 @@ def test_windows_hold_every_token_once_and_pad_only_the_last():
 
 def test_a_segment_is_a_document():
     documents = [np.array([256, *[n] * n], np.int32) for n in (3, 5, 2)]
-    window = PackedWindows(documents, length=12)[0]
+    window = PackedWindows.of(documents, length=12)[0]
     np.testing.assert_array_equal(window.tokens, [256, 3, 3, 3, 256, 5, 5, 5, 5, 5, 256, 2, 2])
     np.testing.assert_array_equal(window.segment_ids, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2])
 
 
-def test_batch_n_is_a_function_of_n(folder):
+def test_a_window_is_the_same_whatever_pieces_the_documents_lie_in():
+    documents = [np.array([256, *[n] * n], np.int32) for n in (3, 5, 2, 0, 9, 30, 1, 1)]
+    whole = PackedWindows.of(documents, length=7)
+    for cuts in ([4], [1, 2, 6], range(1, 8)):
+        stretches = np.split(np.arange(len(documents)), list(cuts))
+        pieces = [
+            Piece(np.concatenate(some).astype(np.uint16), np.cumsum([0, *map(len, some)]))
+            for some in ([documents[i] for i in stretch] for stretch in stretches)
+        ]
+        apart = PackedWindows(pieces, 7, fingerprint=0)
+        assert len(apart) == len(whole)
+        for ours, theirs in zip(whole, apart, strict=True):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            np.testing.assert_array_equal(ours.segment_ids, theirs.segment_ids)
+            assert theirs.tokens.dtype == theirs.segment_ids.dtype == np.int32
+
+
+def test_a_row_is_a_function_of_its_number(folder):
     config = config_for(folder[0])
-    first, again = (training_batches(config) for _ in range(2))
-    for n in (0, 3, 100, 7):  # far beyond one epoch, and in any order
+    first, again = (rows_of(config) for _ in range(2))
+    for n in (0, 3, 100, 7, 10**9):  # far beyond one epoch, and in any order
         np.testing.assert_array_equal(first[n].tokens, again[n].tokens)
         np.testing.assert_array_equal(first[n].segment_ids, again[n].segment_ids)
-    assert first[0].tokens.shape == (4, 17)
+    assert first[0].tokens.shape == (17,)
 
 
-def test_an_epoch_sees_every_window_and_the_next_in_another_order(folder):
-    batches = training_batches(config_for(folder[0], batch_size=1))
-    windows = [batches[n].tokens.tobytes() for n in range(400)]
-    epoch = next(n for n in range(1, 200) if sorted(windows[:n]) == sorted(windows[n : 2 * n]))
-    assert len(set(windows[:epoch])) == len(set(windows)) > 20
-    assert windows[:epoch] != windows[epoch : 2 * epoch]
+def test_every_epoch_holds_every_window_once_and_in_another_order(folder):
+    config = config_for(folder[0], batch_size=7)  # which divides no epoch: batches straddle two of them
+    windows = training_text(config, ByteTokenizer())
+    expected = sorted(window.tokens.tobytes() for window in windows)
+    assert len(set(expected)) > 20 and len(windows) % 7
+    rows = rows_of(config)
+    epochs = [[rows[e * len(windows) + i].tokens.tobytes() for i in range(len(windows))] for e in range(3)]
+    assert all(sorted(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_held_out_documents_are_never_trained_on(folder):
     path, texts = folder
     config = config_for(path, batch_size=1, length=10_000)
     tokenizer = ByteTokenizer()
-    trained = training_batches(config)[0]
-    seen = tokenizer.decode(trained.tokens[0][trained.segment_ids[0] >= 0])
+    trained = rows_of(config)[0]
+    seen = tokenizer.decode(trained.tokens[trained.segment_ids >= 0])
     held_out = held_out_documents(config, tokenizer)
     assert 0 < len(held_out) < len(texts)
     for document in held_out:
@@ -178,27 +199,27 @@ def test_bytes_survive_the_round_trip():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"source": "no/such/place"}, "data.source: no/such/place is no readable file or folder and no dataset"),
+        ({"source": ("no/such/place",)}, "data.source: no/such/place is no readable file or folder and no dataset"),
         ({"text_field": "body"}, r"data.text_field: .*lines.jsonl has no column 'body'; it has \['text'\]"),
         ({"held_out": 1e-6}, "data.held_out: a share of 1e-06 leaves no held-out text"),
         ({"held_out": 0.9999999}, "data.source: .* leaves no text to train on"),
     ],
 )
 def test_bad_sources_end_in_a_sentence(folder, changes, words, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = dataclasses.replace(config_for(folder[0]), **changes)
     with pytest.raises(UserError, match=words):
-        training_batches(config)
+        rows_of(config)
         held_out_documents(config, ByteTokenizer())
 
 
 def test_unreadable_and_empty_files_end_in_a_sentence(tmp_path):
     (tmp_path / "latin.txt").write_bytes("ä".encode("latin-1"))
     with pytest.raises(UserError, match=r"data.source: .*latin.txt cannot be read as UTF-8 text"):
-        training_batches(config_for(tmp_path))
+        rows_of(config_for(tmp_path))
     (tmp_path / "latin.txt").write_text("")
     with pytest.raises(UserError, match="leaves no text to train on"):
-        training_batches(config_for(tmp_path))
+        rows_of(config_for(tmp_path))
 
 
 def test_bad_tokenizers_end_in_a_sentence(tmp_path, tokenizer_file):

@@ -1,44 +1,36 @@
 """The command a user types: it trains, it goes on exactly, and it says what is wrong before it touches anything."""
 
 import json
+import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import namedtuple
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from experiments import cli, logbook
+from experiments import cli, goodput, logbook, loop
 from experiments.checkpoints import Checkpoints
 from experiments.cli import UserError
+from experiments.feed import Feed
+from experiments.journal import Journal
 from experiments.logbook import Logbook
 from experiments.mesanet.pretrain import PRESETS, main
 from experiments.mesh import MeshConfig, make_mesh
+from experiments.reliability.launched import SMALL, Host, curve, write_corpus
 from experiments.runs import LEFT_BEHIND, open_run
-
-TIMINGS = ("tokens_per_second", "flops_utilisation")
-SMALL = shlex.split(
-    "tiny --num-steps 12 --save-every 3 --eval-every 4 --eval-batches 1 --log-every 4 --micro-batches 2 "
-    "--model.num-layers 1 --model.model-dim 32 --model.num-heads 2 --model.key-dim 16 --model.value-dim 16 "
-    "--model.solver.tolerance 1e-3 --data.length 32 --data.batch-size 4 --mesh.cpu-devices 2"
-)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A folder of small texts."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(30):
-        (folder / f"{i}.txt").write_text(f"document {i} counts: " + " ".join(str(j * i) for j in range(30)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +47,6 @@ def run(corpus, output, *more: str) -> None:
     cli.run_preset(main, PRESETS, default="tiny", args=args)
 
 
-def curve(folder: Path) -> list[dict]:
-    """The logbook without what a clock measured."""
-    return [{k: v for k, v in e.items() if k not in TIMINGS} for e in logbook.read(folder / "log.jsonl")]
-
-
 def complaint(capsys, corpus, output, *more: str) -> str:
     """Runs the command, which must fail with status 2 and nothing but one sentence."""
     with pytest.raises(SystemExit) as stopped:
@@ -71,7 +58,15 @@ def complaint(capsys, corpus, output, *more: str) -> str:
 def test_every_step_has_a_line_with_all_measurements(finished):
     entries = logbook.read(finished / "log.jsonl")
     assert [e["step"] for e in entries] == list(range(12))
-    fields = {"loss", "grad_norm", "num_targets", "solver_steps", "solver_residual", "learning_rate", *TIMINGS}
+    fields = {
+        "loss",
+        "grad_norm",
+        "num_targets",
+        "solver_steps",
+        "solver_residual",
+        "learning_rate",
+        *logbook.CLOCK[:4],
+    }
     assert all(fields < e.keys() for e in entries)
     assert [e["step"] for e in entries if "held_out_loss" in e] == [3, 7, 11]
     assert entries[-1]["held_out_loss"] < entries[3]["held_out_loss"]
@@ -80,25 +75,85 @@ def test_every_step_has_a_line_with_all_measurements(finished):
 
 def test_a_run_that_is_killed_at_any_time_draws_the_same_curve_to_the_last_bit(corpus, finished, tmp_path):
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "experiments.mesanet.pretrain", *SMALL]
-    command += ["--data.source", str(corpus), "--output", str(folder)]
     for lines in (2, 7):  # before the first checkpoint, and between two
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 120
-            while process.poll() is None and time.monotonic() < deadline and count_lines(folder) < lines:
-                time.sleep(0.005)
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
-        assert count_lines(folder) >= lines
+        with Host(corpus, folder) as host:
+            host.wait_for_lines(lines)
+            host.send(signal.SIGKILL)
+            assert host.end()[0] == -signal.SIGKILL
     run(corpus, folder)
     assert curve(folder) == curve(finished)
     ours, theirs = open_run(folder), open_run(finished)
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
 
 
-def count_lines(folder: Path) -> int:
-    file = folder / "log.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+def ask_to_leave(place: str, monkeypatch) -> None:
+    """Has SIGTERM sent to this process, once, when the run comes to a place."""
+    sent, waiting = [], threading.Event()
+
+    def send() -> None:
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    def before(owner, name: str, due=lambda *args: True, then=lambda: None) -> None:
+        call = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if due(*args):
+                send()
+                then()
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    if place == "a step":
+        before(Journal, "begin", lambda _, step: step == 5)
+    elif place == "a wait for data":
+        before(Feed, "_read", lambda _, step: step == 5 and not sent, lambda: waiting.wait(60))
+    elif place == "an evaluation":
+        before(loop, "split")
+    else:
+        before(Checkpoints, "save", lambda _, step, *state: step == 6)
+
+
+@pytest.mark.parametrize("place", ["a step", "a wait for data", "an evaluation", "a save"])
+def test_a_run_that_is_asked_to_leave_saves_all_it_has_done_and_goes_on_exactly(corpus, finished, tmp_path, place):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ask_to_leave(place, monkeypatch)
+        begin = time.monotonic()
+        with pytest.raises(SystemExit) as left:
+            run(corpus, tmp_path / "run")
+    assert left.value.code == 128 + signal.SIGTERM and time.monotonic() - begin < 60
+    entries = logbook.read(tmp_path / "run" / "log.jsonl")
+    assert 3 <= len(entries) < 10 and open_run(tmp_path / "run").step == len(entries)
+    assert place != "an evaluation" or "held_out_loss" not in entries[-1]  # it is made good by the next process
+    run(corpus, tmp_path / "run")
+    assert curve(tmp_path / "run") == curve(finished)
+
+
+def test_a_run_that_cannot_save_in_time_leaves_with_what_was_saved_before(corpus, tmp_path):
+    with Host(corpus, tmp_path / "run", "--grace-seconds", "0.01", "--num-steps", "100000") as host:
+        host.wait_for_lines(100)
+        host.send(signal.SIGTERM)
+        status, printed = host.end(seconds=30)
+    assert status == 143
+    assert "grace_seconds: 0.01 s after signal 15 not everything is saved" in printed
+    assert open_run(tmp_path / "run").step >= 3
+
+
+def test_a_run_says_what_its_time_went_into(finished, capsys):
+    events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events[:2]] == ["start", "compiled"] and events[-1]["host_peak_bytes"] > 2**26
+    spent = goodput.goodput(finished)
+    assert min(spent) >= 0 and spent.steps > 0 and spent.compiling > 0 and spent.saving > 0
+    assert spent.steps == pytest.approx(sum(e["seconds"] for e in logbook.read(finished / "log.jsonl")))
+    cli.run(goodput.main, goodput.GoodputConfig, [str(finished)])
+    assert re.fullmatch(r"goodput \d+\.\d% of .* s in steps that count; the rest: start .*\n", capsys.readouterr().out)
+
+
+def test_a_profile_is_written_where_the_user_is_told(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "run", "--num-steps", "4", "--profile-steps", "1", "3")
+    assert f"profile: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_finished_run_stays_as_it_is(corpus, finished):
@@ -156,7 +211,7 @@ def test_what_does_not_change_the_numbers_may_change_on_going_on(corpus, finishe
             ["--micro-batches", "4"],
             "data.batch_size: 4 in micro_batches=4 gives 1 sequences at a time, which 2 devices",
         ),
-        (["--data.seed", "-1"], "seed=-1 is negative"),
+        (["--data.seed", "-1"], "seed=-1 must lie between 0 and"),
         (["--model.logit-cap", "0"], "logit_cap, norm_eps and rope_base must be positive"),
         (["--model.pattern", "mamba"], "mamba"),
         (["--model.solver.tolerance", "2"], r"tolerance=2.0 is outside \[0, 1\)"),
@@ -218,30 +273,19 @@ def test_a_folder_with_something_else_in_it_is_left_alone(capsys, corpus, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_full_disk_keeps_the_checkpoints_there_are(tmp_path, monkeypatch):
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(1, {"x": np.arange(4.0)})
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(100, 90, 10))
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        with pytest.raises(UserError, match="MiB left, a checkpoint needs"):
-            checkpoints.save(2, {"x": np.arange(4.0)})
-        assert checkpoints.steps() == [1]
-        np.testing.assert_array_equal(checkpoints.restore(1, {"x": np.zeros(4)})["x"], np.arange(4.0))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_more(capsys, corpus, tmp_path):
-    text = complaint(capsys, corpus, tmp_path / "run", "--optimizer.peak-lr", "1e30", "--optimizer.warmup-steps", "0")
-    assert re.search("optimizer.peak_lr: the loss or gradient of step .* is not finite", text)
-    assert all(np.isfinite(x).all() for x in saved_parameters(tmp_path / "run"))
-
-
-def saved_parameters(folder: Path) -> list:
-    """Arrays of the last checkpoint; none if there is no checkpoint."""
-    try:
-        return jax.tree.leaves(open_run(folder).params)
-    except UserError:
-        return []
+def test_steps_that_are_not_finite_are_skipped_and_too_many_in_a_row_stop_the_run(capsys, corpus, tmp_path):
+    overflowing = ("--optimizer.peak-lr", "1e30", "--optimizer.warmup-steps", "0", "--max-skips", "4")
+    text = complaint(capsys, corpus, tmp_path / "run", *overflowing)
+    assert re.search("max_skips: 4 steps in a row had to be skipped, .* is not finite; .*peak-lr below 1e.30", text)
+    entries = logbook.read(tmp_path / "run" / "log.jsonl")
+    assert [entry["skipped"] for entry in entries[-5:]] == [0, 1, 2, 3, 4]
+    assert all("params/" in entry["why_skipped"] for entry in entries[-4:])
+    again = complaint(capsys, corpus, tmp_path / "run", *overflowing)
+    assert "max_skips: 4 steps in a row" in again  # from wherever it goes on, it comes to the same end
+    opened = open_run(tmp_path / "run")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(opened.params))
+    run(corpus, tmp_path / "run", *overflowing[:4], "--max-skips", "100")
+    assert len(logbook.read(tmp_path / "run" / "log.jsonl")) == 12
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"model": 3}', '{"colour": 3}', '{"num_steps": 0}'])
@@ -283,13 +327,17 @@ def test_a_start_that_failed_or_was_killed_is_in_nobodys_way(capsys, corpus, tmp
     assert open_run(folder).step == 1
 
 
-def test_a_damaged_checkpoint_is_named_with_the_one_before_it(capsys, corpus, tmp_path):
-    run(corpus, tmp_path)
-    for file in (tmp_path / "checkpoints" / "12").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoint .*12 cannot be read .* to go on from step 9"):
-        open_run(tmp_path)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(capsys, corpus, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    largest = max((folder / "checkpoints" / "12").rglob("*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    assert open_run(folder).step == 9
+    assert "12 is damaged" in capsys.readouterr().out
+    run(corpus, folder)
+    assert curve(folder) == curve(finished)
+    jax.tree.map(np.testing.assert_array_equal, open_run(folder).params, open_run(finished).params)
 
 
 def test_a_lost_logbook_is_noticed(capsys, corpus, tmp_path):

@@ -1,0 +1,133 @@
+"""Saving behind training: arrays -> draft -> manifest -> sealed -> older ones deleted. All that knows orbax is here."""
+
+import itertools
+import json
+import logging
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from experiments.checkpoints import disk, manifest, peers
+from experiments.checkpoints.likeness import described
+from experiments.checkpoints.manifest import Array, File, Manifest
+
+PATIENCE = 600  # seconds that processes wait for one another
+_turns = itertools.count()  # the same in all processes, for all save in the same order
+
+# What orbax fails at is raised and ends in a sentence; it would also log the same traceback several times.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
+
+
+class Saver:
+    """Saves into one folder, one checkpoint at a time. What fails in the background is raised by `finish`, once."""
+
+    def __init__(self, folder: Path, keep: int):
+        """Keeps the newest `keep` checkpoints of the folder."""
+        self._folder, self._keep = folder.absolute(), keep
+        # Compression makes float32 parameters 7 % smaller, at five times the processor time, which training would lose.
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
+        self._pool = ThreadPoolExecutor(1, "seal")
+        self._sealing: Future | None = None
+
+    def start(self, step: int, state, about: dict[str, Any]) -> None:
+        """Takes the arrays over and returns; `state` may then be changed or given away."""
+        json.dumps(about)  # what cannot be written is better refused here than in the background
+        arrays = described(state)
+        _check_names(arrays)
+        self._orbax.save(disk.draft(self._folder, step), args=ocp.args.PyTreeSave(state))
+        self._sealing = self._pool.submit(self._seal, step, arrays, about, next(_turns))
+
+    def finish(self) -> None:
+        """Waits until what was started is sealed.
+
+        Raises:
+          OSError, ValueError: it could not be written; nothing is left of it.
+        """
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
+
+    def close(self) -> None:
+        """Ends the threads; what was started is finished."""
+        self._pool.shutdown()
+        self._orbax.close()
+
+    def _seal(self, step: int, arrays: list[Array], about: dict[str, Any], turn: int) -> None:
+        """Runs in the background, in every process, so without devices: they meet at barriers of the coordinator."""
+        try:
+            self._orbax.wait_until_finished()
+            draft = disk.draft(self._folder, step)
+            self._together(f"digests-{turn}", self._write_part, draft)
+            self._together(f"manifest-{turn}", self._finish, draft, step, arrays, about)
+        except BaseException:
+            if peers.is_first():
+                disk.sweep(self._folder)
+            raise
+        if not (self._folder / str(step)).exists():
+            raise OSError("process 0 could not seal it")
+
+    def _together(self, name: str, action, *arguments) -> None:
+        """Waits for the other processes after an action, also after one that failed, lest they wait for this one."""
+        try:
+            action(*arguments)
+        finally:
+            try:
+                self._barrier(key=f"checkpoint-{name}", timeout_ms=PATIENCE * 1000)
+            except jax.errors.JaxRuntimeError:
+                raise TimeoutError("another process is gone") from None
+
+    def _write_part(self, draft: Path) -> None:
+        """Writes the digests of this process's share of the files."""
+        sizes = manifest.sizes(draft)
+        files = {name: File(sizes[name], manifest.digest(draft / name)) for name in peers.share(sizes)}
+        manifest.write_durably(_part(draft, jax.process_index()), json.dumps(files))
+
+    def _finish(self, draft: Path, step: int, arrays: list[Array], about: dict[str, Any]) -> None:
+        if peers.is_first():
+            manifest.write(draft, Manifest(step, time.time(), about, arrays, _take_parts(draft)))
+            disk.seal(self._folder, step)
+            disk.delete_older(self._folder, step, self._keep)
+
+
+def read(folder: Path, like):
+    """Returns the arrays of a verified checkpoint, placed as those of `like`; what has no place goes to one device."""
+    like = jax.tree.map(_placed, like)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        return reader.restore(folder.absolute(), args=args)
+
+
+def _placed(leaf):
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf  # orbax knows no scalars of numpy
+
+
+def _check_names(arrays: list[Array]) -> None:
+    """Raises ValueError if two arrays would be saved as one: orbax joins keys by dots and does not look for twins."""
+    names = [array.path.replace("/", ".") for array in arrays]
+    twin = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twin is not None:
+        raise ValueError(f"two arrays are called {twin}; rename one")
+
+
+def _take_parts(draft: Path) -> dict[str, File]:
+    """Returns the digests of all files, and deletes the parts they come from."""
+    files = {}
+    for process in range(jax.process_count()):
+        part = _part(draft, process)
+        files |= {name: File(*file) for name, file in json.loads(part.read_text()).items()}
+        part.unlink()
+    return dict(sorted(files.items()))
+
+
+def _part(draft: Path, process: int) -> Path:
+    return draft / f"{manifest.NAME}.{process}"

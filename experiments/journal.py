@@ -133,9 +133,11 @@ class Journal:
 
     def end(self, done: int, signal: int) -> None:
         """Says what became of the time, and what to do if a signal of that number was the end."""
-        self._events.write("end", step=done, signal=signal, **goodput.peak_memory())
+        memory = goodput.peak_memory()
+        self._events.write("end", step=done, signal=signal, **memory)
         if hosts.first():
-            self.say(goodput.describe(goodput.goodput(self._config.output)))
+            held = ", ".join(f"{name.split('_')[0]} {size / 2**30:.2f} GiB" for name, size in memory.items())
+            self.say(f"{goodput.describe(goodput.goodput(self._config.output))}; memory at most: {held}")
         if signal:
             self.say(f"signal {signal}: all {done} steps are saved; the same command goes on")
 
@@ -254,6 +256,7 @@ def _introduction(config: RunConfig, params: Any, mesh: jax.sharding.Mesh, done:
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     begin = f"goes on at step {done}" if done else "starts"
+    begin = "has done all its steps" if done == config.num_steps else begin
     return (
         f"{config.output} {begin}: {num_parameters(params):,} parameters, {config.model.num_layers} layers of "
         f"{' + '.join(config.model.pattern)}, {mesh.size} x {kind} on {jax.process_count()} hosts ({sizes})"

@@ -74,8 +74,11 @@ def matmul_peak(mesh: jax.sharding.Mesh, dtype: str) -> float:
     size = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192  # small takes longer to hand over than to compute
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    x = jax.device_put(jnp.ones((mesh.size * size, size), dtype), rows)
-    y = jax.device_put(jnp.ones((size, size), dtype), everywhere)
+    # made where they lie: together they are more than one host holds
+    x, y = jax.jit(
+        lambda: (jnp.ones((mesh.size * size, size), dtype), jnp.ones((size, size), dtype)),
+        out_shardings=(rows, everywhere),
+    )()
     product = jax.jit(jnp.dot, compiler_options=compiler_options())
     product(x, y).block_until_ready()
     seconds = []

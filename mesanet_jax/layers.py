@@ -47,7 +47,9 @@ def project_heads(config: MesaNetConfig, x: Activations, sizes: dict[str, int]) 
     init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
     shape, axes = (x.shape[-1], config.num_heads), ("embed", "heads", "head")
     kernels = [Kernel(name=name)((*shape, size), named(init, axes)) for name, size in sizes.items()]
-    together = jnp.einsum("btd,dhk->bthk", x, jnp.concatenate(kernels, axis=-1).astype(x.dtype))
+    # gathered by name, or else the backward pass gathers it twice: to project again and for the gradient of x
+    kernel = sharding.lay_out(jnp.concatenate(kernels, axis=-1).astype(x.dtype), None, "heads", None)
+    together = jnp.einsum("btd,dhk->bthk", x, kernel)
     return jnp.split(together, np.cumsum(list(sizes.values()))[:-1], axis=-1)
 
 

@@ -81,13 +81,13 @@ class MesaNet(nn.Module):
             embedding_init=layers.named(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed")),
             name="embedding",
         )
-        table = sharding.lay_out(embedding.embedding.astype(c.dtype), "vocab", None, even=False)
-        x = jnp.take(table, tokens, axis=0) * jnp.asarray(c.model_dim**0.5, c.dtype)
+        table = sharding.spread(embedding.embedding.astype(c.dtype), tokens.shape)
+        x = sharding.look_up(table, tokens) * jnp.asarray(c.model_dim**0.5, c.dtype)
         x = sharding.lay_out(x, "batch", "time", None)
         states = (None,) * len(c.pattern) if state is None else state
         x, states = _stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)
-        logits = jnp.einsum("btd,yd->bty", x, table, preferred_element_type=jnp.float32)
+        logits = sharding.read_out(x, table)
         return c.logit_cap * jnp.tanh(logits / c.logit_cap), states
 
 

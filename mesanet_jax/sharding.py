@@ -11,14 +11,14 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from mesanet_jax import convolution
 from mesanet_jax.sequence_parallel import halo, of_last, state_before
 from pallas_kernels import MesaState, SolveReport, mesa_summary
-from pallas_kernels.mesa_chunk.contract import solver_dtype
+from pallas_kernels.mesa_chunk.contract import check_segment_ids, solver_dtype
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -40,7 +40,11 @@ def parameter_shardings(boxed_parameters, mesh: jax.sharding.Mesh):
     """Returns a NamedSharding for each parameter (or shape) from the logical axes that its box names.
 
     An axis that its mesh axes do not divide, such as a vocabulary of 50,257, stays whole.
+
+    Raises:
+      ValueError: the mesh has explicit axes.
     """
+    _refuse_explicit(mesh)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_parameters), mesh, RULES)
 
     def fit(parameter, sharding: NamedSharding) -> NamedSharding:
@@ -51,7 +55,12 @@ def parameter_shardings(boxed_parameters, mesh: jax.sharding.Mesh):
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, leading_axes: int = 0) -> NamedSharding:
-    """Returns the sharding of [..., b, t] arrays with some unsharded axes before the batch."""
+    """Returns the sharding of [..., b, t] arrays with some unsharded axes before the batch.
+
+    Raises:
+      ValueError: the mesh has explicit axes.
+    """
+    _refuse_explicit(mesh)
     return NamedSharding(mesh, P(*[None] * leading_axes, dict(RULES)["batch"]))
 
 
@@ -62,8 +71,11 @@ def lay_out(x: jax.Array, *axes: str | None, even: bool = True) -> jax.Array:
       x: any array inside a program.
       axes: a logical axis for each of its own; None stays whole.
       even: leave whole what the mesh does not divide; else devices at the end hold less.
+
+    Raises:
+      ValueError: the mesh has explicit axes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_in_use()
     if mesh.empty:
         return x
     rules = [dict(RULES).get(axis) for axis in axes]
@@ -72,9 +84,51 @@ def lay_out(x: jax.Array, *axes: str | None, even: bool = True) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns a table [y, d] once for every part that the mesh makes of tokens [b, t]: [r, s, y, d], d whole on each.
+
+    What the uses of a part's table find for its gradient is added up where the part lies, and all parts are summed
+    once. Of a table that is only gathered, every use sums a whole gradient over the devices by itself: the embedding
+    and the read-out tied to it, twice. One part takes the table as it is, [y, d].
+    """
+    mesh = _mesh_in_use()
+    parts = [_size(mesh, axes) for axes in _batch_and_time(mesh, shape)]
+    if parts == [1, 1]:
+        return lay_out(table, "vocab", None, even=False)
+    table = lay_out(table, "vocab", "embed", even=False)
+    return lay_out(jnp.broadcast_to(table, (*parts, *table.shape)), "batch", "time", "vocab", None, even=False)
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the rows [b, t, d] of a `spread` table for tokens [b, t]."""
+    take = functools.partial(jnp.take, axis=0)
+    if table.ndim == 2:
+        return take(table, tokens)
+    return _joined(jax.vmap(jax.vmap(take, (0, 1), 1))(table, _in_parts(tokens, table)))
+
+
+def read_out(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Returns the products [b, t, y], in float32, of x [b, t, d] with the rows of a `spread` table."""
+    if table.ndim == 2:
+        return jnp.einsum("btd,yd->bty", x, table, preferred_element_type=jnp.float32)
+    products = jnp.einsum("rbstd,rsyd->rbsty", _in_parts(x, table), table, preferred_element_type=jnp.float32)
+    return _joined(products)
+
+
+def _in_parts(x: jax.Array, table: jax.Array) -> jax.Array:
+    """[b, t, ...] -> [r, b / r, s, t / s, ...] for a table [r, s, y, d]."""
+    rows, stretches = table.shape[:2]
+    return x.reshape(rows, -1, stretches, x.shape[1] // stretches, *x.shape[2:])
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[r, b / r, s, t / s, y] -> [b, t, y]."""
+    return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[4])
+
+
 def short_convolution(x, taps, history, segment_ids):
     """Runs `convolution.short_convolution`, the inputs before a stretch from the device that has them."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_in_use()
     batch, time = _batch_and_time(mesh, x.shape)
     if time is None or x.shape[1] < mesh.shape[time] * history.shape[1]:
         return convolution.short_convolution(x, taps, history, segment_ids)
@@ -99,9 +153,11 @@ def mesa(q, k, v, log_decay, beta, ridge, state, *, segment_ids, solver, with_re
     Arguments and results are those of `mesa_chunk`.
     """
     choices = {"solver": solver, "with_report": with_report, "implementation": implementation}
-    mesh = jax.sharding.get_abstract_mesh()
-    if segment_ids is not None and jnp.issubdtype(segment_ids.dtype, jnp.unsignedinteger):
-        segment_ids = segment_ids.astype(jnp.int32)  # -1 is what none has
+    mesh = _mesh_in_use()
+    if segment_ids is not None:
+        check_segment_ids("mesa", segment_ids, q.shape[:2])  # before devices tell each other of them
+        if jnp.issubdtype(segment_ids.dtype, jnp.unsignedinteger):
+            segment_ids = segment_ids.astype(jnp.int32)  # -1 is what none has
     batch, time = _batch_and_time(mesh, q.shape)
     if q.shape[1] == 1 and segment_ids is None and state is not None:
         operator = functools.partial(_one_token, **choices)
@@ -140,9 +196,32 @@ def _one_token(q, k, v, log_decay, beta, ridge, state, _, **choices):
     return (out[:, None], state, *jax.tree.map(lambda x: x[:, None], report))
 
 
+def _mesh_in_use() -> jax.sharding.AbstractMesh:
+    """Returns the mesh of `jax.set_mesh`, an empty one if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    _refuse_explicit(mesh)
+    return mesh
+
+
+def _refuse_explicit(mesh) -> None:
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
+    if explicit:
+        raise ValueError(
+            f"mesh: axes {explicit} are explicit, as jax.make_mesh makes them, but layouts here are the compiler's to "
+            f"complete; pass it axis_types=(AxisType.Auto,) * {len(mesh.axis_names)}."
+        )
+
+
 def _batch_and_time(mesh, shape: tuple[int, ...]):
     """The mesh axes of arrays [b, t, ...]."""
     return tuple(_dividing(mesh, dict(RULES)[name], size) for name, size in zip(("batch", "time"), shape, strict=False))
+
+
+def _size(mesh, axes: str | tuple[str, ...] | None) -> int:
+    """How many devices these mesh axes have together."""
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _dividing(mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:

@@ -5,8 +5,7 @@
 
 Takes the options of experiments.mesanet.pretrain, makes its very training step, and prefill and one decoding step of
 its model, with the real compiler for TPUs (extra `tpu`) on any host. Cost: three minutes for the 1b model on 64 chips.
-It ends with the command to launch. Nothing is run: memory is the compiler's, times are what arithmetic, arguments and
-sending take at a chip's peak.
+It ends with the command to launch. Nothing is run: memory is the compiler's, times are a roofline (roofline.py).
 """
 
 import dataclasses
@@ -14,56 +13,27 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from experiments import cli
 from experiments.aot.chips import Chip, chip_of, devices_of
-from experiments.aot.collectives import Collective, read_collectives
+from experiments.aot.collectives import read_collectives
+from experiments.aot.config import AotConfig
 from experiments.aot.least import least_bytes
+from experiments.aot.roofline import PASSES, Compiled, Roofline, flops, num_tokens, roofline
 from experiments.cli import UserError
 from experiments.mesanet.pretrain import PRESETS
 from experiments.mesh import make_mesh
 from experiments.programs import Programs, check_fits
 from experiments.runs import RunConfig
-from mesanet_jax.flops import forward_flops, training_flops
-from mesanet_jax.loss import Batch
 from mesanet_jax.model import num_parameters
 from mesanet_jax.sharding import batch_sharding
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 DEFAULT = "1b"
-PASSES = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}  # of a matrix unit
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AotConfig(RunConfig):
-    """A run, and the pod it is meant for.
-
-    Attributes:
-      topology: slice of TPUs, such as v5e:4x4, v5p:4x4x4, v6e:8x8 or tpu7x:4x4x4.
-      prompts: sequences that prefill reads, and decoding goes on with, at once; 0 compiles neither.
-      solver_steps: steps a token is reckoned to take; the compiler cannot know.
-    """
-
-    topology: str = "v5p:4x4x4"
-    prompts: int = 64
-    solver_steps: float = 5.0
-
-
-class Compiled(NamedTuple):
-    """One program, in bytes per device and seconds."""
-
-    name: str
-    seconds: float
-    arguments: int
-    temporary: int
-    code: int
-    peak: int
-    collectives: list[Collective]
 
 
 def main(config: AotConfig) -> None:
@@ -78,19 +48,18 @@ def main(config: AotConfig) -> None:
         f"{config.output.name} on {config.topology}: {mesh.size} x {mesh.devices.flat[0].device_kind} ({sizes})",
         flush=True,
     )
-    found = []
+    found, parameters = [], num_parameters(programs.state_shapes().params)
     for name, lower in _lowered(config, programs, mesh).items():
         found.append(_compile(name, lower, mesh))
-        print("\n".join(_program_rows(config, found[-1], chip, mesh)), flush=True)
+        least = roofline(config, found[-1], chip, mesh.shape, parameters)
+        print("\n".join(_program_rows(config, found[-1], least, chip, mesh)), flush=True)
     print("\n".join(_verdict(config, programs, found, chip, mesh)))
 
 
 def _lowered(config: AotConfig, programs: Programs, mesh: jax.sharding.Mesh) -> dict:
     """Returns what lowers each program."""
     state, data = programs.state_shapes(), config.data
-    shape = (config.micro_batches, data.batch_size // config.micro_batches, data.length + 1)
-    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading_axes=1))
-    lowered = {"train": lambda: programs.train.lower(state, Batch(batch, batch))}
+    lowered = {"train": lambda: programs.train.lower(state, programs.batch_shapes(config))}
     if config.prompts:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         if config.prompts % shards:
@@ -134,6 +103,7 @@ def _compile(name: str, lower, mesh: jax.sharding.Mesh) -> Compiled:
         name=name,
         seconds=time.perf_counter() - begin,
         arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         peak=kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
@@ -141,18 +111,19 @@ def _compile(name: str, lower, mesh: jax.sharding.Mesh) -> Compiled:
     )
 
 
-def _program_rows(config: AotConfig, program: Compiled, chip: Chip, mesh: jax.sharding.Mesh) -> list[str]:
+def _program_rows(config: AotConfig, program: Compiled, line: Roofline, chip: Chip, mesh) -> list[str]:
     """The table of one program."""
-    tokens = _tokens(config, program.name)
-    compute, network = _compute_seconds(config, program.name, chip, mesh), _network_seconds(program, chip)
+    tokens = num_tokens(config, program.name)
     rows = [
         "",
         f"{program.name}: {tokens:,} tokens, compiled in {program.seconds:.0f} s",
         f"  memory of a device      {program.peak / GIB:8.2f} GiB at most, of {chip.memory_bytes / GIB:.1f}: arguments "
         f"{program.arguments / GIB:.2f}, temporary {program.temporary / GIB:.2f}, code {program.code / GIB:.2f}",
-        f"  computing               {compute * 1e3:8.2f} ms",
-        f"  reading its arguments   {program.arguments / chip.memory_bandwidth * 1e3:8.2f} ms",
-        f"  sending                 {network * 1e3:8.2f} ms",
+        f"  computing               {line.computing * 1e3:8.2f} ms",
+        f"  reading and writing     {line.memory * 1e3:8.2f} ms, {line.memory * chip.memory_bandwidth / GIB:.2f} GiB",
+        f"  sending                 {line.sending * 1e3:8.2f} ms",
+        f"  so a call takes at least{line.least * 1e3:8.2f} ms, bound by {line.bound}: at most "
+        f"{tokens / line.least:,.0f} tokens per second",
     ]
     totals: dict[tuple[str, str], list[float]] = {}
     for c in program.collectives:
@@ -166,30 +137,41 @@ def _program_rows(config: AotConfig, program: Compiled, chip: Chip, mesh: jax.sh
     return rows
 
 
-def _against_least(config: AotConfig, train: Compiled, num_parameters: int, mesh: jax.sharding.Mesh) -> list[str]:
-    """What a step sends along each axis, in multiples of what it has to."""
+def against_least(config: AotConfig, train: Compiled, parameters: int, mesh_shape: Mapping[str, int]) -> list[str]:
+    """What a step sends along each axis, in multiples of what it has to; some gradients are summed along several."""
+    sent: dict[str, float] = {}
+    for c in train.collectives:
+        sent[c.axes] = sent.get(c.axes, 0) + c.total_bytes / math.prod(mesh_shape.values())
+    least = least_bytes(config, mesh_shape, parameters)
     rows = []
-    for axis, least in least_bytes(config, mesh.shape, num_parameters).items():
-        sent = sum(c.total_bytes for c in train.collectives if c.axes == axis) / mesh.size
-        rows.append(f"a step sends {sent / GIB:.3f} GiB along {axis}, {sent / least:.2f} times the least of this mesh")
+    for axis, size in least.items():
+        along = sent.setdefault(axis, 0.0)
+        rows.append(f"a step sends {along / GIB:.3f} GiB along {axis}, {along / size:.2f} times the least of this mesh")
+    for axes in [axes for axes in sent if " x " in axes and sent[axes] >= MIB]:
+        each = axes.split(" x ")
+        times = (sent[axes] + sum(sent[axis] for axis in each)) / sum(least[axis] for axis in each)
+        rows.append(
+            f"and {sent[axes] / GIB:.3f} GiB along {axes} at once, with those before {times:.2f} times the least"
+        )
     return rows
 
 
 def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip: Chip, mesh) -> list[str]:
     """Whether it fits, how long a step is, and the command to launch."""
-    params, moments = (_bytes_of(x) for x in (programs.state_shapes().params, programs.state_shapes().opt_state))
+    shapes = programs.state_shapes()
+    params, moments = _bytes_of(shapes.params), _bytes_of(shapes.opt_state)
     train, worst = found[0], max(found, key=lambda program: program.peak)
-    compute, network = _compute_seconds(config, "train", chip, mesh), _network_seconds(train, chip)
-    model = _flops(config, "train") * _tokens(config, "train") / mesh.size / chip.flops
+    times = roofline(config, train, chip, mesh.shape, num_parameters(shapes.params))
+    model = flops(config, "train", config.solver_steps) * num_tokens(config, "train") / mesh.size / chip.flops
     return [
         "",
-        *_against_least(config, train, num_parameters(programs.state_shapes().params), mesh),
+        *against_least(config, train, num_parameters(shapes.params), mesh.shape),
         f"parameters {params / GIB:.2f} GiB and optimizer {moments / GIB:.2f} GiB a device",
-        f"a step between {max(compute, network):.3f} s (sending hidden behind computing) and {compute + network:.3f} s "
-        f"(not hidden): MFU {model / (compute + network):.0%} to {model / max(compute, network):.0%}",
-        f"reckoned with {chip.flops / 1e12:.0f} TFLOP/s in bfloat16 and {chip.ring_bytes / 1e9:.0f} GB/s along a ring; "
-        f"{config.solver_steps:g} solver steps a token, their {config.model.solver.precision} products in "
-        f"{PASSES[config.model.solver.precision]} passes; not measured",
+        f"a step between {times.least:.3f} s (sending hidden behind the rest) and {times.unhidden:.3f} s (not hidden): "
+        f"MFU {model / times.unhidden:.0%} to {model / times.least:.0%}",
+        f"a roofline, not measured: {chip.flops / 1e12:.0f} TFLOP/s in bfloat16, {chip.memory_bandwidth / 1e9:,.0f} "
+        f"GB/s of memory and {chip.ring_bytes / 1e9:.0f} GB/s along a ring; {config.solver_steps:g} solver steps a "
+        f"token, their {config.model.solver.precision} products in {PASSES[config.model.solver.precision]} passes",
         _fits(worst, chip),
         "",
         f"python -m experiments.mesanet.pretrain {shlex.join(launch_options(sys.argv[1:]))}",
@@ -203,35 +185,6 @@ def _fits(worst: Compiled, chip: Chip) -> str:
         f"does not fit, because {worst.name} takes {worst.peak / GIB:.1f} GiB of a device that has "
         f"{chip.memory_bytes / GIB:.1f}"
     )
-
-
-def _tokens(config: AotConfig, name: str) -> int:
-    """Tokens of one call on all devices together."""
-    if name == "train":
-        return config.data.batch_size * config.data.length
-    return config.prompts * (config.data.length if name == "prefill" else 1)
-
-
-def _flops(config: AotConfig, name: str, solver_steps: float | None = None) -> float:
-    """FLOPs per token that the model asks for."""
-    steps = config.solver_steps if solver_steps is None else solver_steps
-    if name == "train":
-        return training_flops(config.model, config.data.length, steps)
-    return forward_flops(config.model, config.data.length if name == "prefill" else 1, steps)
-
-
-def _compute_seconds(config: AotConfig, name: str, chip: Chip, mesh: jax.sharding.Mesh) -> float:
-    """Seconds of arithmetic at the chip's peak: solves at the price of their precision, recomputation included."""
-    dense = _flops(config, name, 0)
-    solves = PASSES[config.model.solver.precision] * (_flops(config, name) - dense)
-    if name == "train" and config.model.remat != "nothing":
-        dense *= 4 / 3  # forward once more; with "all_but_solutions" the solves are kept
-        solves *= 3 / 2 if config.model.remat == "everything" else 1
-    return _tokens(config, name) * (dense + solves) / mesh.size / chip.flops
-
-
-def _network_seconds(program: Compiled, chip: Chip) -> float:
-    return sum(c.times * c.sent_bytes for c in program.collectives) / chip.ring_bytes
 
 
 def _bytes_of(tree) -> int:

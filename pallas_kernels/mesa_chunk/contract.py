@@ -53,34 +53,48 @@ def check_inputs(operator: str, q, k, v, log_decay, beta, ridge, state, *, time_
         if not isinstance(state, MesaState):
             raise TypeError(f"{operator}: state is a {type(state).__name__}; pass a MesaState.")
         named |= {"state.kk": state.kk, "state.kv": state.kv}
+    check_sequences(operator, named, first="q", time_axis=time_axis)
+    if state is not None:
+        heads = (q.shape[0], *q.shape[-2:])
+        for name, shape in {"state.kk": (*heads, q.shape[-1]), "state.kv": (*heads, v.shape[-1])}.items():
+            if named[name].shape != shape:
+                raise ValueError(f"{operator}: {name} has shape {named[name].shape}; it must be {shape}.")
+
+
+def check_sequences(operator: str, named: dict, *, first: str, time_axis: bool) -> None:
+    """Raises the sentences of `check_inputs` for some of its arguments, `v` among them; `first` has the shape of keys.
+
+    Raises:
+      TypeError: an argument is not of a floating-point type.
+      ValueError: a rank or an axis does not fit that of the first.
+    """
+    _check_floating(operator, named)
+    keys, v = named[first].shape, named["v"].shape
+    gates = keys[:-1]
+    layout = "[b, t, h, k]" if time_axis else "[b, h, k]"
+    rank = 4 if time_axis else 3
+    if len(keys) != rank:
+        raise ValueError(f"{operator}: {first} has shape {keys}; it must be {layout}.")
+    if 0 in keys or 0 in v:
+        raise ValueError(f"{operator}: {first} of shape {keys} and v of shape {v} must have no empty axis.")
+    expected = {"k": keys, "log_decay": gates, "beta": gates, "ridge": keys[-2:]}
+    for name, shape in expected.items():
+        if name in named and named[name].shape != shape:
+            raise ValueError(
+                f"{operator}: {name} has shape {named[name].shape}; with {first} of shape {keys} it must be {shape}."
+            )
+    if len(v) != rank or v[:-1] != gates:
+        raise ValueError(
+            f"{operator}: v has shape {v}; with {first} of shape {keys} it must be {gates} and one axis of any size."
+        )
+
+
+def _check_floating(operator: str, named: dict) -> None:
     for name, array in named.items():
         if not hasattr(array, "dtype"):
             raise TypeError(f"{operator}: {name} is a {type(array).__name__}; pass an array.")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{operator}: {name} has dtype {array.dtype}; pass a floating-point array.")
-    layout = "[b, t, h, k]" if time_axis else "[b, h, k]"
-    rank = 4 if time_axis else 3
-    if q.ndim != rank:
-        raise ValueError(f"{operator}: q has shape {q.shape}; it must be {layout}.")
-    if 0 in q.shape or 0 in v.shape:
-        raise ValueError(f"{operator}: q of shape {q.shape} and v of shape {v.shape} must have no empty axis.")
-    *lead, num_heads, key_dim = q.shape
-    gates = (*lead, num_heads)
-    expected = {"k": q.shape, "log_decay": gates, "beta": gates, "ridge": (num_heads, key_dim)}
-    for name, shape in expected.items():
-        if named[name].shape != shape:
-            raise ValueError(
-                f"{operator}: {name} has shape {named[name].shape}; with q of shape {q.shape} it must be {shape}."
-            )
-    if v.ndim != rank or v.shape[:-1] != gates:
-        raise ValueError(
-            f"{operator}: v has shape {v.shape}; with q of shape {q.shape} it must be {gates} and one axis of any size."
-        )
-    if state is not None:
-        heads = (q.shape[0], num_heads, key_dim)
-        for name, shape in {"state.kk": (*heads, key_dim), "state.kv": (*heads, v.shape[-1])}.items():
-            if named[name].shape != shape:
-                raise ValueError(f"{operator}: {name} has shape {named[name].shape}; it must be {shape}.")
 
 
 def check_segment_ids(operator: str, segment_ids, shape: tuple[int, ...]) -> None:

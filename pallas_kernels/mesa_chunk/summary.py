@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mesa_chunk.contract import LOWEST_LOG_DECAY, MesaState, solver_dtype
+from pallas_kernels.mesa_chunk.contract import (
+    LOWEST_LOG_DECAY,
+    MesaState,
+    check_segment_ids,
+    check_sequences,
+    solver_dtype,
+)
 
 
 class MesaSummary(NamedTuple):
@@ -35,7 +41,14 @@ def mesa_summary(
     """Returns what these tokens make of any state, in O(t k (k + v)) and with no memory that grows with t.
 
     `mesa_chunk` ends with the state `mesa_summary(...).after(state)`; arguments are as there. Differentiable.
+
+    Raises:
+      TypeError, ValueError: an argument's dtype, rank or size does not fit; the message names it.
     """
+    named = {"k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    check_sequences("mesa_summary", named, first="k", time_axis=True)
+    if segment_ids is not None:
+        check_segment_ids("mesa_summary", segment_ids, k.shape[:2])
     dtype = solver_dtype(k, v, log_decay, beta)
     k, v, log_decay, beta = (x.astype(dtype) for x in (k, v, log_decay, beta))
     log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step
+from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step, mesa_summary
 
 CHUNK = dict(
     q=jnp.ones((2, 4, 3, 5)),
@@ -71,6 +71,22 @@ def test_mesa_chunk_names_what_is_wrong(name):
 @pytest.mark.parametrize("name", SHARED)
 def test_mesa_step_names_what_is_wrong(name):
     expect_sentence(mesa_step, STEP, *SHARED[name])
+
+
+SUMMARY = {name: CHUNK[name] for name in ("k", "v", "log_decay", "beta")}
+ONLY_SUMMARY = {
+    "rank of k": (dict(k=jnp.ones((2, 5))), ValueError, "k has shape (2, 5); it must be [b, t, h, k]."),
+    "rank of beta": (dict(beta=jnp.ones(3)), ValueError, "beta has shape (3,); with k of shape (2, 4, 3, 5) it "),
+    "log_decay": (dict(log_decay=jnp.zeros((2, 9))), ValueError, "log_decay has shape (2, 9); with k of shape "),
+    "v": (dict(v=jnp.ones((2, 7))), ValueError, "v has shape (2, 7); with k of shape (2, 4, 3, 5) it must be "),
+    "integers": SHARED["integers"],
+    "a list": (dict(beta=[1.0]), TypeError, "beta is a list; pass an array."),
+}
+
+
+@pytest.mark.parametrize("name", [*ONLY_SUMMARY, *ONLY_CHUNK])
+def test_mesa_summary_names_what_is_wrong(name):
+    expect_sentence(mesa_summary, SUMMARY, *(ONLY_SUMMARY | ONLY_CHUNK)[name])
 
 
 def expect_sentence(operator, arguments: dict, change: dict, error: type, start: str) -> None:

@@ -1,0 +1,89 @@
+"""A mesh decides where things lie and what devices send each other, and nothing else."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, sharding
+from mesanet_jax.sharding import MESH_AXES, batch_sharding, parameter_shardings
+from tests import tolerances
+
+MODEL = MesaNet(MesaNetConfig(vocab_size=31, num_layers=1, model_dim=16, num_heads=2, key_dim=4, value_dim=4))
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (4, 6)))
+TABLE = jnp.asarray(np.random.default_rng(1).normal(size=(31, 16)), jnp.float32)
+SUMMED = re.compile(r" = (.*) (?:all-reduce|reduce-scatter)(?:-start)?\(")
+
+
+def mesh_of(axis: str, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    """Two devices along one axis."""
+    return jax.make_mesh([1 + (name == axis) for name in MESH_AXES], MESH_AXES, axis_types=(kind,) * len(MESH_AXES))
+
+
+def tied(table, tokens):
+    """A read-out of the embedding that a token itself has."""
+    table = sharding.spread(table, tokens.shape)
+    return jnp.sum(jnp.tanh(sharding.read_out(jnp.sin(sharding.look_up(table, tokens)), table)))
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_a_table_has_the_same_gradient_however_it_is_spread(axis):
+    expected = jax.grad(tied)(TABLE, TOKENS)
+    with jax.set_mesh(mesh_of(axis)):
+        found = jax.jit(jax.grad(tied))(TABLE, TOKENS)
+    tolerances.assert_near(found, expected, tolerances.LAW["float32"])
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "sequence"])
+def test_what_two_uses_of_a_table_find_for_its_gradient_is_summed_over_devices_once(axis):
+    mesh = mesh_of(axis)
+    table = jax.ShapeDtypeStruct(TABLE.shape, TABLE.dtype, sharding=jax.NamedSharding(mesh, jax.P(None, "fsdp")))
+    tokens = jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(tied)).lower(table, tokens).compile().as_text()
+    results = "".join(match[1] for match in SUMMED.finditer(program or ""))
+    assert len(re.findall(r"\[31,(?:8|16)\]", results)) == 1
+
+
+def a_convolution():
+    x = jnp.ones((2, 8, 2, 4))
+    return sharding.short_convolution(x, jnp.ones((4, 2, 4)), x[:, :3], None)
+
+
+def a_layer(segment_ids=None):
+    q, gate = jnp.ones((2, 8, 2, 4)), jnp.ones((2, 8, 2))
+    choices = {"segment_ids": segment_ids, "solver": SolverConfig(), "with_report": False}
+    return sharding.mesa(q, q, q, -gate, gate, jnp.ones((2, 4)), None, **choices)
+
+
+USES = {
+    "a model": lambda mesh: MODEL.init(jax.random.key(0), TOKENS),
+    "an array": lambda mesh: sharding.lay_out(TABLE, "batch", None),
+    "a convolution": lambda mesh: a_convolution(),
+    "a layer": lambda mesh: a_layer(),
+    "parameters": lambda mesh: parameter_shardings({}, mesh),
+    "a batch": lambda mesh: batch_sharding(mesh),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_explicit_axes_are_refused_in_one_sentence_with_the_remedy(use):
+    mesh = mesh_of("fsdp", AxisType.Explicit)
+    sentence = r"^mesh: axes \('data', 'fsdp', 'sequence', 'tensor'\) are explicit, .*; pass it "
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=sentence + r"axis_types=\(AxisType.Auto,\) \* 4\."):
+        USES[use](mesh)
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_ids_of_floats_are_refused_in_one_sentence_whatever_the_mesh_splits(axis):
+    with jax.set_mesh(mesh_of(axis)), pytest.raises(TypeError, match=r"^mesa: segment_ids have dtype float32; pass "):
+        a_layer(jnp.zeros((2, 8)))
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_tokens_of_floats_are_refused_in_one_sentence_whatever_the_mesh_splits(axis):
+    with jax.set_mesh(mesh_of(axis)), pytest.raises(TypeError, match=r"^MesaNet: tokens have dtype float32; pass "):
+        MODEL.init(jax.random.key(0), jnp.zeros((2, 8)))

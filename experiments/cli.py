@@ -63,6 +63,8 @@ def _guarded(call: Callable[[], object]) -> None:
     except OSError as error:  # what no field is to blame for: permissions, a disk that fills up at an odd moment
         complaint = f"{error.filename or 'a file'}: {error.strerror or error}; nothing saved before was touched."
         status = UserError.status
+    except KeyboardInterrupt:
+        complaint, status = "interrupted; nothing saved before was touched, the same command goes on.", 130
     else:
         return
     print(f"error: {complaint}", file=sys.stderr)

@@ -27,6 +27,10 @@ class Feed:
         self._thread: threading.Thread | None = None
         self._closed = False
 
+    def empty(self) -> bool:
+        """True if `take` would wait."""
+        return self._ready.empty()
+
     def take(self, step: int, asked: Callable[[], bool]) -> Batch | None:
         """Waits for the batch of the next step, [a, b, t + 1] on the devices; None if `asked` says to leave meanwhile.
 

@@ -4,7 +4,7 @@ python -m experiments.goodput RUN
 """
 
 import dataclasses
-import json
+import io
 import os
 import resource
 import sys
@@ -52,18 +52,23 @@ class Events:
     """Appends what happens to a run beside its steps to events.jsonl; does nothing on hosts but the first."""
 
     def __init__(self, folder: Path, silent: bool = False):
-        """Takes the folder of the run."""
-        self._path, self._silent = folder / "events.jsonl", silent
+        """Opens the file of a run; a line that a crash cut short is dropped."""
+        self._file = None
+        if not silent:
+            path = folder / "events.jsonl"
+            self._file = io.FileIO(path, "ab+")
+            content = path.read_bytes()
+            self._file.truncate(content.rfind(b"\n") + 1)
 
     def write(self, event: str, **more: Any) -> None:
         """Appends one event with the time."""
-        if self._silent:
-            return
-        try:
-            with self._path.open("ab", buffering=0) as file:
-                file.write((json.dumps({"event": event, "time": time.time(), **more}) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"output: {self._path} cannot be written ({error.strerror}); make room.") from None
+        if self._file is not None:
+            logbook.append(self._file, {"event": event, "time": time.time(), **more})
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def process_start() -> float:
@@ -96,7 +101,7 @@ def goodput(folder: Path, now: float | None = None) -> Goodput:
     """
     try:
         entries, events = logbook.read(folder / "log.jsonl"), logbook.lines(folder / "events.jsonl")
-    except (OSError, ValueError):
+    except OSError:
         raise UserError(f"run: {folder} has no log.jsonl and events.jsonl; give the folder of a training.") from None
     starts = [event for event in events if event["event"] == "start"]
     if not starts:

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -25,6 +26,8 @@ Result = TypeVar("Result")
 
 LONGEST_MESSAGE = 1 << 20  # bytes; a config is a few thousand
 LOST = 3  # exit status of a host that others have left
+GONE = "another process is gone"  # what a checkpoint says that others had to help to write
+SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "eartbeat", GONE)
 
 
 class AbsentError(UserError):
@@ -53,12 +56,16 @@ class HostsConfig:
     heartbeat_seconds: int = 10
 
     def __post_init__(self):
-        if self.coordinator and not self.coordinator.rpartition(":")[2].isdecimal():
+        port = self.coordinator.rpartition(":")[2]
+        if self.coordinator and not (port.isdecimal() and 0 < int(port) < 2**16):
             raise ValueError(f"HostsConfig: coordinator={self.coordinator!r} must be address:port of host 0.")
-        if self.count < 0 or self.index >= max(self.count, 1) or self.index < -1:
+        if self.count < 0 or self.index < -1 or (self.count and self.index >= self.count):
             raise ValueError(f"HostsConfig: index={self.index} must lie between 0 and count={self.count} - 1.")
-        if self.wait_seconds <= 0 or self.heartbeat_seconds < 1:
-            raise ValueError("HostsConfig: wait_seconds must be positive and heartbeat_seconds at least 1.")
+        if not (0 < self.wait_seconds <= 86400 and 1 <= self.heartbeat_seconds <= 3600):
+            raise ValueError(
+                f"HostsConfig: wait_seconds={self.wait_seconds} must lie between 0 and 86400, "
+                f"heartbeat_seconds={self.heartbeat_seconds} between 1 and 3600."
+            )
 
 
 class Word(NamedTuple):
@@ -144,27 +151,42 @@ def call_roll(place: Place, fields: Mapping[str, Any], wait_seconds: float) -> N
     """
     deadline = time.monotonic() + wait_seconds
     mine = {"index": place.index, "host": socket.gethostname(), "fields": json.loads(json.dumps(fields, default=str))}
-    verdict = _host_roll(place, mine, deadline) if place.index == 0 else _answer_roll(place, mine, deadline)
+    verdict = _answer_roll(place, mine, deadline, wait_seconds) if place.index else _host_roll(place, mine, deadline)
     if verdict.text:
         raise (AbsentError if verdict.absent else UserError)(verdict.text)
 
 
 @contextlib.contextmanager
 def leaving_with_the_others() -> Iterator[None]:
-    """Ends this process where another one of the run is gone: what they compute together cannot go on."""
+    """Ends this process at once, if it is one of several, after an error here or when another one is gone.
+
+    What they compute together cannot go on, and a proper exit would wait for the others, who wait for this one.
+    """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        reason = str(error).strip().splitlines()[0][:200]
-        print(
-            f"error: hosts: another host of this run is gone ({reason}); start the same command again on all hosts, it "
-            f"goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(LOST)  # a proper exit would wait for the one that is gone
+        os._exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    """Prints what there is to say, and returns the exit status."""
+    if isinstance(error, UserError) and GONE not in str(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.status
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        return 1
+    print(
+        f"error: hosts: another host of this run is gone ({reason}); start the same command again on all hosts, it "
+        f"goes on from the last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return LOST
 
 
 def together(call: Callable[[], Result]) -> Result:
@@ -178,6 +200,11 @@ def together(call: Callable[[], Result]) -> Result:
         result = call()
     except UserError as error:
         complaint = str(error)
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exception(error)
+        complaint = f"{type(error).__name__}: {error}"
     if jax.process_count() > 1:
         padded = np.zeros(1024, np.uint8)
         text = complaint.encode()[: len(padded)]
@@ -189,14 +216,14 @@ def together(call: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
-def one_by_one(call: Callable[[], object]) -> None:
-    """Calls on the first host, then on all others.
+def first_then_others(on_first: Callable[[], object], on_others: Callable[[], object]) -> None:
+    """Calls one thing on the first host, and when that is done another on all others.
 
     Raises:
-      UserError: the call raised it on some host.
+      UserError: a call raised it on some host.
     """
-    together(lambda: call() if first() else None)
-    together(lambda: None if first() else call())
+    together(lambda: on_first() if first() else None)
+    together(lambda: None if first() else on_others())
 
 
 def from_first(number: int) -> int:
@@ -209,7 +236,8 @@ def from_first(number: int) -> int:
 def say(text: str) -> None:
     """Prints a line once for all hosts."""
     if first():
-        print(text, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
+            print(text, flush=True)
 
 
 def first() -> bool:
@@ -258,7 +286,7 @@ class _Verdict(NamedTuple):
 
 def _host_roll(place: Place, mine: dict, deadline: float) -> _Verdict:
     """Takes in every host's answer and tells all of them the verdict."""
-    answers, lines, twice = {0: mine}, [], None
+    answers, lines, twice = {0: mine}, {}, None
     port = int(place.coordinator.rpartition(":")[2])
     try:
         listener = socket.create_server(("", port), reuse_port=False)
@@ -266,31 +294,32 @@ def _host_roll(place: Place, mine: dict, deadline: float) -> _Verdict:
         text = f"hosts.coordinator: port {port} of this host cannot be had ({error.strerror}); give another."
         return _Verdict(text, absent=True)  # an earlier start may still be leaving
     with listener, contextlib.ExitStack() as stack:
-        while len(answers) < place.count and (left := deadline - time.monotonic()) > 0:
+        while not _all_there(answers, lines, place.count) and (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a stranger at the port
                 line, _ = listener.accept()
                 stack.enter_context(line)
                 line.settimeout(min(left, 5))
                 answer = json.loads(_read_line(line))
-                twice = twice or _twice(answers, answer)
-                answers[int(answer["index"])] = answer
-                lines.append(line)
+                index = int(answer["index"])
+                if index in answers and not _hung_up(lines.get(index)):  # else it was started again meanwhile
+                    twice = twice or _twice(answers[index], answer)
+                answers[index], lines[index] = answer, line
         verdict = twice or _verdict(answers, place.count)
-        for line in lines:
+        for line in lines.values():
             with contextlib.suppress(OSError):
                 line.sendall(json.dumps(verdict).encode() + b"\n")
     return verdict
 
 
-def _answer_roll(place: Place, mine: dict, deadline: float) -> _Verdict:
+def _answer_roll(place: Place, mine: dict, deadline: float, wait_seconds: float) -> _Verdict:
     """Tells host 0 who is here, and returns its verdict."""
     address, _, port = place.coordinator.rpartition(":")
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((address.strip("[]"), int(port)), timeout=left) as line:
                 line.sendall(json.dumps(mine).encode() + b"\n")
-                line.settimeout(max(1.0, deadline + 5 - time.monotonic()))  # host 0 may have come later
+                line.settimeout(wait_seconds + 5)  # host 0 waits as long, from a time that has passed already
                 return _Verdict(*json.loads(_read_line(line)))
         except (OSError, ValueError, TypeError):
             time.sleep(0.1)
@@ -303,10 +332,31 @@ def _read_line(line: socket.socket) -> bytes:
         return file.readline(LONGEST_MESSAGE)
 
 
-def _twice(answers: Mapping[int, dict], answer: dict) -> _Verdict | None:
-    if answer["index"] not in answers:
-        return None
-    names = f"{answers[answer['index']]['host']} and {answer['host']}"
+def _all_there(answers: dict[int, dict], lines: dict[int, socket.socket], count: int) -> bool:
+    """True if so many hosts wait for the verdict; those that have left meanwhile are forgotten."""
+    if len(answers) >= count:
+        for index in [index for index, line in lines.items() if _hung_up(line)]:
+            del answers[index], lines[index]
+    return len(answers) >= count
+
+
+def _hung_up(line: socket.socket | None) -> bool:
+    """True if the other side has closed it; host 0 itself has no line, and does not."""
+    if line is None:
+        return False
+    line.setblocking(False)
+    try:
+        return line.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        line.settimeout(5)
+
+
+def _twice(before: dict, answer: dict) -> _Verdict:
+    names = f"{before['host']} and {answer['host']}"
     return _Verdict(
         f"hosts.index: two hosts ({names}) say they are number {answer['index']}; give each a number of its own."
     )

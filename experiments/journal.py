@@ -39,7 +39,9 @@ class Journal:
         silent = not hosts.first()
         self._config, self._began, self._done = config, began, done
         self._names = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        self._schedule = learning_rate(config.optimizer, config.num_steps)
+        # all of them now: asked for one by one, each would queue behind a training step on the devices
+        schedule = learning_rate(config.optimizer, config.num_steps)
+        self._rates = np.asarray(jax.vmap(schedule)(np.arange(config.num_steps, dtype=np.int32)))
         self._exchange = hosts.Exchange(mesh)
         last_sign = goodput.last_sign(config.output)
         self._logbook = None if silent else Logbook(config.output / "log.jsonl", done)
@@ -51,6 +53,7 @@ class Journal:
         self._peak = matmul_peak(mesh, config.model.dtype)
         self._pending: _Pending | None = None
         self._begin = self._end = 0.0  # of the last step
+        self._profiling = False
         self.signal = 0  # number of the one that asks this host, or another, to leave
         self.say(_introduction(config, params, mesh, done))
 
@@ -71,21 +74,22 @@ class Journal:
 
     def begin(self, step: int) -> None:
         """Takes the time when a step is handed to the devices."""
-        if self._config.profile_steps and step == self._config.profile_steps[0]:
+        window = self._config.profile_steps
+        if window and window[0] <= step < window[1] and not self._profiling:
             self.wait()
             jax.profiler.start_trace(self._config.output / "profile")
+            self._profiling = True
         self._begin = time.perf_counter()
 
     def note(self, step: int, metrics: Metrics, signal: int) -> None:
         """Takes in the step just handed to the devices and the signal to leave, if any; writes the step before."""
-        begin = self._begin
+        # Only where the step before was waited for, because there was no batch yet, did the devices have nothing to do.
+        idle = self._pending is not None and isinstance(self._pending.metrics.loss, float)
+        waited = self._begin - self._end if idle else 0.0
         self.settle()
-        waited = max(0.0, begin - self._end) if self._end else 0.0
-        self._pending = _Pending(step, metrics, self._exchange.say(signal, waited), begin, waited)
-        if self._config.profile_steps and step + 1 == self._config.profile_steps[1]:
-            self.wait()
-            jax.profiler.stop_trace()
-            self.say(f"profile: {self._config.output / 'profile'}")
+        self._pending = _Pending(step, metrics, self._exchange.say(signal, waited), self._begin, waited)
+        if self._config.profile_steps and step + 1 >= self._config.profile_steps[1]:
+            self._stop_profile()
 
     def wait(self) -> None:
         """Waits for the step taken in last; what follows (an evaluation, say) does not count into its time."""
@@ -119,7 +123,6 @@ class Journal:
         begin = time.perf_counter()
         yield
         self._events.write(event, step=done, seconds=time.perf_counter() - begin)
-        self._end = 0.0  # the next step did not wait for data meanwhile
 
     def evaluated(self, done: int) -> bool:
         """True if the state after so many steps has been evaluated."""
@@ -137,9 +140,17 @@ class Journal:
         self._events.write("end", step=done, signal=signal, **memory)
         if hosts.first():
             held = ", ".join(f"{name.split('_')[0]} {size / 2**30:.2f} GiB" for name, size in memory.items())
-            self.say(f"{goodput.describe(goodput.goodput(self._config.output))}; memory at most: {held}")
+            with contextlib.suppress(UserError):  # of a damaged file; the training is done all the same
+                self.say(f"{goodput.describe(goodput.goodput(self._config.output))}; memory at most: {held}")
         if signal:
             self.say(f"signal {signal}: all {done} steps are saved; the same command goes on")
+
+    def _stop_profile(self) -> None:
+        if self._profiling:
+            self.wait()
+            jax.profiler.stop_trace()
+            self._profiling = False
+            self.say(f"profile: {self._config.output / 'profile'}")
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._logbook is not None:
@@ -151,7 +162,9 @@ class Journal:
         return self
 
     def __exit__(self, *error) -> None:
+        self._stop_profile()
         self._console.close()
+        self._events.close()
         self._trackers.close()
         if self._logbook is not None:
             self._logbook.close()
@@ -165,7 +178,7 @@ class Journal:
         entry = {
             "step": done.step,
             **measured,
-            "learning_rate": float(self._schedule(done.step - metrics.skipped)),
+            "learning_rate": float(self._rates[int(done.step - metrics.skipped + bool(metrics.skipped_in_a_row))]),
             "skipped": int(metrics.skipped),
             "seconds": seconds,
             "waited_seconds": done.waited,
@@ -217,7 +230,8 @@ class Console:
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if not self._silent:
-            self._bar.write(text)
+            with contextlib.suppress(BrokenPipeError):  # nobody reads any more, which is no reason to stop training
+                self._bar.write(text)
 
     def show(self, entry: dict[str, Any]) -> None:
         """Shows a step or an evaluation."""

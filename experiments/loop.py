@@ -5,6 +5,7 @@ The batch of step n is a function of n, a checkpoint holds everything else, and 
 checkpoint. On several hosts all do the same, and the first one writes.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from experiments.journal import Journal
 from experiments.mesh import keep_compiled, make_mesh
 from experiments.preemption import Preempted, Preemption
 from experiments.programs import Programs, check_fits, split
-from experiments.runs import RunConfig, check_run, create_run, flat
+from experiments.runs import RunConfig, check_run, claimed, create_run, flat, join_run
 from experiments.trackers import check as check_trackers
 from mesanet_jax.train import TrainState
 
@@ -36,13 +37,20 @@ def train(config: RunConfig) -> TrainState:
     began = process_start()
     check_trackers(config.track)
     hosts.start(config.hosts, {name: x for name, x in flat(config).items() if name != "hosts.index"})
+    with hosts.leaving_with_the_others():
+        return _train(config, began)
+
+
+def _train(config: RunConfig, began: float) -> TrainState:
     keep_compiled(config.compile_cache)
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
     text, held_out = hosts.together(lambda: _read(config))
     programs = Programs.make(config, mesh)
-    hosts.one_by_one(lambda: create_run(config, text.fingerprint))  # from here on things are written
+    # from here on things are written
+    hosts.first_then_others(lambda: create_run(config, text.fingerprint), lambda: join_run(config, text.fingerprint))
     with (
+        claimed(config.output) if hosts.first() else contextlib.nullcontext(),
         jax.set_mesh(mesh),
         Checkpoints(config.output / "checkpoints", config.keep) as checkpoints,
         Feed(shuffled_rows(text, config.data), config, programs) as feed,
@@ -58,9 +66,14 @@ def train(config: RunConfig) -> TrainState:
                 about, saved = {"mesh": dict(mesh.shape), "hosts": jax.process_count()}, done
                 while not journal.signal:
                     if _evaluation_due(config, done) and not journal.evaluated(done):
+                        journal.settle()
+                        if journal.signal:
+                            break
                         with journal.beside_steps("evaluated", done):
                             loss = _held_out_loss(state, batches, programs, compiled, config, preemption.at_once)
                         journal.evaluate(done, loss)
+                    if feed.empty():
+                        journal.wait()  # so that it is known from when on the devices have nothing to do
                     batch = feed.take(done, preemption.at_once) if done < config.num_steps else None
                     if batch is None:
                         break

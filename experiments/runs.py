@@ -1,10 +1,14 @@
 """A run is a folder: config, fingerprints, tokenizer, log.jsonl and checkpoints. This file creates and opens it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import time
 import typing
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +24,9 @@ from experiments.tokenizers import Tokenizer, load_tokenizer
 from mesanet_jax import MesaNet, MesaNetConfig
 from mesanet_jax.train import OptimizerConfig, init_train_state, make_optimizer
 
-# Fields that a run may go on with other values of. All but `mesh` leave every bit as it is; another mesh adds numbers
-# up in another order, so the curve goes on with other rounding.
+# Fields that a run may go on with other values of. `eval_every` and `eval_batches` say what is evaluated; another mesh,
+# which other hosts make, adds numbers up in another order, so the curve goes on with other rounding. The rest leaves
+# every bit as it is.
 FREE_FIELDS = {"output", "mesh", "hosts", "save_every", "keep", "log_every", "eval_every", "eval_batches"} | {
     "max_skips",
     "grace_seconds",
@@ -29,7 +34,10 @@ FREE_FIELDS = {"output", "mesh", "hosts", "save_every", "keep", "log_every", "ev
     "profile_steps",
     "track",
 }
-LEFT_BEHIND = {".writable", "config.draft", "tokenizer.json", "fingerprints.json"}  # by a start that was killed
+DRAFT = "config.draft"
+LEFT_BEHIND = {DRAFT, "tokenizer.json", "fingerprints.json"}  # by a start that was killed, the draft first
+HIDDEN = {".writable", ".claimed"}
+PATIENCE = 60.0  # seconds until what one host has written is seen by the others, on a network file system
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,8 @@ class RunConfig:
         for field in ("num_steps", "micro_batches", "save_every", "keep", "eval_batches", "log_every", "max_skips"):
             if getattr(self, field) < 1:
                 raise ValueError(f"RunConfig: {field}={getattr(self, field)} must be at least 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"RunConfig: seed={self.seed} must lie between 0 and 2**32 - 1.")
         if self.grace_seconds <= 0:
             raise ValueError(f"RunConfig: grace_seconds={self.grace_seconds} must be positive.")
         if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
@@ -136,8 +146,8 @@ def check_run(config: RunConfig) -> Tokenizer:
         _check_same(_read_config(folder), config)
         tokenizer = stored_tokenizer(folder, config)
     else:
-        strangers = {p.name for p in folder.iterdir()} - LEFT_BEHIND if folder.is_dir() else None
-        if strangers:
+        names = {p.name for p in folder.iterdir()} - HIDDEN if folder.is_dir() else set()
+        if names - (LEFT_BEHIND if DRAFT in names else set()):
             raise UserError(f"output: {folder} is not empty and not a run; give a new folder.")
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.bos_token)
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -161,21 +171,59 @@ def create_run(config: RunConfig, text: int) -> None:
     folder = config.output
     _check_writable(folder)
     if (folder / "config.json").exists():
-        if _fingerprints(folder)["text"] != text:
-            raise UserError(
-                f"data.source: the text of {' + '.join(config.data.source)} is not the one that the run in {folder} "
-                f"was started with; bring it back or give another --output."
-            )
+        _check_text(config, text)
         return
+    draft = folder / DRAFT
+    draft.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
     tokenizer = b""
     if config.data.tokenizer:
         tokenizer = Path(config.data.tokenizer).read_bytes()
         (folder / "tokenizer.json").write_bytes(tokenizer)
     fingerprints = {"text": text, "tokenizer": zlib.crc32(tokenizer)}
     (folder / "fingerprints.json").write_text(json.dumps(fingerprints))
-    draft = folder / "config.draft"
-    draft.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
     os.replace(draft, folder / "config.json")
+
+
+def join_run(config: RunConfig, text: int) -> None:
+    """Checks on another host that the folder is the one in which the first host has made the run.
+
+    Raises:
+      UserError: it is not, or this host reads another text.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not (config.output / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"output: {config.output.absolute()} of this host is not the folder that host 0 writes to; give one "
+                f"that all hosts share."
+            )
+        time.sleep(0.5)
+    _check_text(config, text)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder; the system forgets the claim of a process that dies.
+
+    Raises:
+      UserError: another one is at it.
+    """
+    with (folder / ".claimed").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output: another process trains in {folder}; end it, or give another folder.") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _check_text(config: RunConfig, text: int) -> None:
+    if _fingerprints(config.output)["text"] != text:
+        raise UserError(
+            f"data.source: the text of {' + '.join(config.data.source)} is not the one that the run in {config.output} "
+            f"was started with; bring it back or give another --output."
+        )
 
 
 def stored_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:

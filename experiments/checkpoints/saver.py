@@ -32,7 +32,9 @@ class Saver:
         """Keeps the newest `keep` checkpoints of the folder."""
         self._folder, self._keep = folder.absolute(), keep
         # Compression makes float32 parameters 7 % smaller, at five times the processor time, which training would lose.
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        # Folders made in the background leave threads waiting for them, ten minutes long, where they cannot be made.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), async_options=options)
         self._barrier = ocp.multihost.get_barrier_sync_fn()
         self._pool = ThreadPoolExecutor(1, "seal")
         self._sealing: Future | None = None
@@ -62,27 +64,32 @@ class Saver:
 
     def _seal(self, step: int, arrays: list[Array], about: dict[str, Any], turn: int) -> None:
         """Runs in the background, in every process, so without devices: they meet at barriers of the coordinator."""
-        try:
-            self._orbax.wait_until_finished()
-            draft = disk.draft(self._folder, step)
-            self._together(f"digests-{turn}", self._write_part, draft)
-            self._together(f"manifest-{turn}", self._finish, draft, step, arrays, about)
-        except BaseException:
+        draft, failed = disk.draft(self._folder, step), None
+        parts = {
+            "arrays": self._orbax.wait_until_finished,
+            "digests": lambda: self._write_part(draft),
+            "manifest": lambda: self._finish(draft, step, arrays, about),
+        }
+        for name, action in parts.items():
+            try:
+                if failed is None:
+                    action()
+            except Exception as error:  # raised when all have been met: none may wait for this process
+                failed = error
+            self._meet(f"{name}-{turn}")
+        if failed is not None:
             if peers.is_first():
                 disk.sweep(self._folder)
-            raise
+            raise failed
         if not (self._folder / str(step)).exists():
             raise OSError("process 0 could not seal it")
 
-    def _together(self, name: str, action, *arguments) -> None:
-        """Waits for the other processes after an action, also after one that failed, lest they wait for this one."""
+    def _meet(self, name: str) -> None:
+        """Waits for the other processes."""
         try:
-            action(*arguments)
-        finally:
-            try:
-                self._barrier(key=f"checkpoint-{name}", timeout_ms=PATIENCE * 1000)
-            except jax.errors.JaxRuntimeError:
-                raise TimeoutError("another process is gone") from None
+            self._barrier(key=f"checkpoint-{name}", timeout_ms=PATIENCE * 1000)
+        except jax.errors.JaxRuntimeError:
+            raise TimeoutError("another process is gone") from None
 
     def _write_part(self, draft: Path) -> None:
         """Writes the digests of this process's share of the files."""

@@ -74,6 +74,8 @@ def build(config: BuildConfig) -> Index:
     draft = find_draft(config.output, settings)
     texts = _texts_after(draft.mark, config)
     with claimed(config.output):
+        if find_finished(config.output, settings) is not None or find_draft(config.output, settings) != draft:
+            raise UserError(f"output: another build has just been at work in {config.output}; start this one again.")
         save_draft(config.output, draft)
         _keep_tokenizer(config)
         for part in _parts(texts, tokenizer, config, _Progress(draft)):

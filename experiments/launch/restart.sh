@@ -20,13 +20,25 @@ if [ -n "$DRY_RUN" ]; then
   exit
 fi
 
-trap 'exit 130' INT # bash heeds both when the command has ended: it has saved everything by then
-trap 'exit 143' TERM
+# Whoever is asked to leave may be this script alone: it hands the signal on and waits until everything is saved. With -m
+# the command is a process group of its own, which heeds Ctrl-C; without, bash makes what it does not wait for deaf to it.
+set -m
+child='' leave=''
+hand_on() {
+  leave=$1
+  [ -z "$child" ] || kill "-$2" -- "-$child" 2>/dev/null || true
+}
+trap 'hand_on 130 INT' INT
+trap 'hand_on 143 TERM' TERM
 
 crashes=0
 while true; do
   begin=$SECONDS status=0
-  "$@" || status=$?
+  "$@" &
+  child=$!
+  while wait "$child" || status=$?; [ "$status" -gt 128 ] && kill -0 "$child" 2>/dev/null; do status=0; done
+  child=''
+  [ -z "$leave" ] || exit "$leave"
   case " $FINAL " in *" $status "*) exit "$status" ;; esac
   crashes=$((crashes + 1))
   if [ "$status" -eq 143 ] || [ $((SECONDS - begin)) -ge "$SOON" ]; then
@@ -37,5 +49,7 @@ while true; do
     exit "$status"
   fi
   echo "status $status: starting again in $PAUSE s" >&2
-  sleep "$PAUSE"
+  sleep "$PAUSE" &
+  wait $! || true
+  [ -z "$leave" ] || exit "$leave"
 done

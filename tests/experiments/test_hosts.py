@@ -78,6 +78,18 @@ def test_two_hosts_with_one_number_are_named():
     assert "hosts.index: two hosts" in told[0] and "say they are number 1" in told[0]
 
 
+def test_a_host_that_hung_up_and_was_started_again_is_one_host():
+    def hang_up(port: int) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as line:
+                line.sendall(json.dumps({"index": 1, "host": "early", "fields": FIELDS}).encode() + b"\n")
+                break
+        time.sleep(0.2)  # until host 0 has taken it in
+
+    assert roll({0: FIELDS, 2: FIELDS, 1: FIELDS}, 3, before=hang_up) == {0: "", 2: "", 1: ""}
+
+
 def test_strangers_at_the_port_are_nobody():
     def strangers(port: int) -> None:
         for words in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b'{"index": "x"}\n', b"[]\n", b""):
@@ -95,7 +107,9 @@ def test_strangers_at_the_port_are_nobody():
     [
         ({"coordinator": "host0"}, "coordinator='host0' must be address:port"),
         ({"count": 2, "index": 2}, "index=2 must lie between 0 and count=2 - 1"),
-        ({"wait_seconds": 0.0}, "wait_seconds must be positive"),
+        ({"coordinator": "host0:70000"}, "coordinator='host0:70000' must be address:port"),
+        ({"wait_seconds": 0.0}, "wait_seconds=0.0 must lie between 0 and 86400"),
+        ({"wait_seconds": float("inf")}, "wait_seconds=inf must lie between"),
     ],
 )
 def test_bad_numbers_end_in_a_sentence(changes, words):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from experiments import cli, goodput, logbook, loop
+from experiments import cli, goodput, logbook, loop, runs
 from experiments.checkpoints import Checkpoints
 from experiments.cli import UserError
 from experiments.feed import Feed
@@ -24,7 +25,7 @@ from experiments.logbook import Logbook
 from experiments.mesanet.pretrain import PRESETS, main
 from experiments.mesh import MeshConfig, make_mesh
 from experiments.reliability.launched import SMALL, Host, curve, write_corpus
-from experiments.runs import LEFT_BEHIND, open_run
+from experiments.runs import LEFT_BEHIND, RunConfig, claimed, open_run
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,37 @@ def test_a_run_says_what_its_time_went_into(finished, capsys):
     assert re.fullmatch(r"goodput \d+\.\d% of .* s in steps that count; the rest: start .*\n", capsys.readouterr().out)
 
 
+def test_time_without_data_is_not_counted_as_steps(corpus, tmp_path, monkeypatch):
+    read = Feed._read
+    monkeypatch.setattr(Feed, "_read", lambda self, step: time.sleep(0.3) or read(self, step))
+    run(corpus, tmp_path / "run", "--eval-every", "0", "--save-every", "100")
+    spent = goodput.goodput(tmp_path / "run")
+    assert spent.waiting > 6 * 0.3 > spent.steps
+    waited = [entry["waited_seconds"] for entry in logbook.read(tmp_path / "run" / "log.jsonl")]
+    assert all(seconds > 0.1 for seconds in waited[4:])
+
+
+def test_a_second_start_in_a_folder_is_refused(capsys, corpus, finished):
+    before = (finished / "log.jsonl").read_bytes()
+    with claimed(finished):
+        assert "output: another process trains in" in complaint(capsys, corpus, finished)
+    assert (finished / "log.jsonl").read_bytes() == before
+
+
+def test_another_folder_on_another_host_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match="is not the folder that host 0 writes to; give one that all hosts share"):
+        runs.join_run(RunConfig(output=tmp_path), text=0)
+
+
+def test_events_cut_short_by_a_crash_do_not_spoil_what_follows(corpus, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with (folder / "events.jsonl").open("ab") as file:
+        file.write(b'{"event": "sta')
+    run(corpus, folder)
+    assert goodput.goodput(folder).steps > 0
+
+
 def test_a_profile_is_written_where_the_user_is_told(corpus, tmp_path, capsys):
     run(corpus, tmp_path / "run", "--num-steps", "4", "--profile-steps", "1", "3")
     assert f"profile: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
@@ -211,6 +243,7 @@ def test_what_does_not_change_the_numbers_may_change_on_going_on(corpus, finishe
             ["--micro-batches", "4"],
             "data.batch_size: 4 in micro_batches=4 gives 1 sequences at a time, which 2 devices",
         ),
+        (["--seed", "99999999999999999999"], "seed=99999999999999999999 must lie between 0 and"),
         (["--data.seed", "-1"], "seed=-1 must lie between 0 and"),
         (["--model.logit-cap", "0"], "logit_cap, norm_eps and rope_base must be positive"),
         (["--model.pattern", "mamba"], "mamba"),
@@ -359,11 +392,32 @@ def test_a_line_cut_short_by_a_crash_and_steps_ahead_of_the_checkpoint_are_dropp
     ]
 
 
+def test_a_damaged_line_of_the_logbook_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"st{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"log.jsonl, line 2 is damaged; put a copy of the file back"):
+        Logbook(tmp_path / "log.jsonl", next_step=2)
+
+
+def test_a_line_that_is_written_in_part_is_taken_back(tmp_path):
+    with Logbook(tmp_path / "log.jsonl", next_step=0) as book:
+        book.write({"step": 0})
+        size = (tmp_path / "log.jsonl").stat().st_size
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
+        try:
+            with pytest.raises(UserError, match=r"output: .*log.jsonl cannot be written \(File too large\); make room"):
+                book.write({"step": 1})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, ignored)
+        book.write({"step": 1})
+    assert [entry["step"] for entry in logbook.read(tmp_path / "log.jsonl")] == [0, 1]
+
+
 def test_a_logbook_on_a_full_disk_says_how_to_go_on(tmp_path):
-    (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with Logbook(tmp_path / "other.jsonl", next_step=0) as book:
-        book._file.close()
-        book._file = (tmp_path / "log.jsonl").open("ab", buffering=0)
+    with Logbook(tmp_path / "log.jsonl", next_step=0) as book, open("/dev/full", "wb", buffering=0) as full:
+        os.dup2(full.fileno(), book._file.fileno())
         with pytest.raises(
             UserError, match=r"output: .*log.jsonl cannot be written \(No space left on device\); make room"
         ):

@@ -63,8 +63,15 @@ class Host:
         self._process.send_signal(number)
 
     def end(self, seconds: float = PATIENCE) -> tuple[int, str]:
-        """Waits for the end; returns exit status and all that was printed."""
-        printed, _ = self._process.communicate(timeout=seconds)
+        """Waits for the end; returns exit status and all that was printed.
+
+        Raises:
+          TimeoutError: it takes longer.
+        """
+        try:
+            printed, _ = self._process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the process is still there after {seconds:g} s") from None
         return self._process.returncode, printed
 
     def __enter__(self) -> "Host":

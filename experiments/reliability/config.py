@@ -27,7 +27,7 @@ class ReliabilityConfig:
     trials: tuple[TrialName, ...] = ALL
     kills: int = 20
     terminations: int = 20
-    host_kills: int = 20
+    host_kills: int = 12
     corruptions: int = 1000
     full_disks: int = 6
     seed: int = 0

@@ -1,6 +1,6 @@
 """A course is a run that can be taken again and again, and what it computes when nothing disturbs it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,8 @@ class Course:
 
     def finish(self, output: Path) -> list[str]:
         """Lets the run in a folder come to its end; returns what is wrong with that, or with the end."""
-        with self.start_all(output) if self._hosts > 1 else self.start(output) as started:
-            ended = [host.end() for host in (started if isinstance(started, list) else [started])]
-        for status, printed in ended:
-            if status:
-                return [f"{output} came to its end with status {status}: {last_line(printed)}"]
-        return []
+        with self.start_all(output) as hosts:
+            return complaints(hosts)
 
     def undisturbed(self) -> Path:
         """Returns the folder of the undisturbed run, which is made when it is first asked for."""
@@ -66,11 +62,15 @@ class Course:
         return found
 
 
+def complaints(hosts: Sequence[Host], expected: int = 0) -> list[str]:
+    """Waits for the end of processes; says which of them did not end with the status that is expected."""
+    ended = [host.end() for host in hosts]
+    return [f"a process ended with status {status}: {last_line(said)}" for status, said in ended if status != expected]
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two trees of arrays are equal bit for bit."""
-    leaves, others = jax.tree.leaves(one), jax.tree.leaves(other)
-    pairs = list(zip(leaves, others, strict=True)) if len(leaves) == len(others) else [(None, 0)]
-    return all(_bits(a) == _bits(b) for a, b in pairs)
+    return [_bits(leaf) for leaf in jax.tree.leaves(one)] == [_bits(leaf) for leaf in jax.tree.leaves(other)]
 
 
 def _bits(array: Any) -> tuple:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.reliability.config import ReliabilityConfig
-from experiments.reliability.courses import Course, last_line, logged
+from experiments.reliability.courses import Course, complaints, logged
 
 STEPS, BATCH = 120, 4
 OPTIONS = (  # learning is slow and the solver exact, lest training itself makes much of what is lost in rounding
@@ -44,8 +44,8 @@ class Elastic(NamedTuple):
 def trial(config: ReliabilityConfig, scratch: Path, folder: Path) -> Elastic:
     """Stops a run on some hosts and goes on with it on others, twice; compares it with the run of one process."""
     course, rng = Course(scratch, "undisturbed-elastic", OPTIONS), random.Random(config.seed)
-    with course.start(folder / "one", slowed=("rows", str(folder / "one-0"))) as alone:
-        failures = _complaints([alone.end()], 0)
+    with course.start_all(folder / "one", 1, folder / "one") as hosts:
+        failures = complaints(hosts)
     rows, done = Counter(), 0
     for phase, count in enumerate(HOSTS):
         last = phase == len(HOSTS) - 1
@@ -70,11 +70,7 @@ def _phase(course: Course, run: Path, count: int, stop: int, record: Path) -> li
         asked = stop < STEPS and hosts[0].wait_until(lambda: len(logged(run)) >= stop)
         if asked:
             hosts[-1].send(signal.SIGTERM)
-        return _complaints([host.end() for host in hosts], 128 + signal.SIGTERM if asked else 0)
-
-
-def _complaints(ended: list[tuple[int, str]], expected: int) -> list[str]:
-    return [f"a process ended with {status}: {last_line(said)}" for status, said in ended if status != expected]
+        return complaints(hosts, 128 + signal.SIGTERM if asked else 0)
 
 
 def _read(folder: Path, records: str, begin: int, end: int) -> Rows:

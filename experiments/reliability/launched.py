@@ -85,10 +85,11 @@ class Host:
 
 @contextlib.contextmanager
 def several(start: Callable[..., Host], count: int) -> Iterator[list[Host]]:
-    """Starts the processes of one run; `start` takes the number of a process and its options."""
+    """Starts the processes of one run; `start` takes the number of a process and the options that join it to others."""
     port = free_port()
+    options = [hosts_options(count, i, port) if count > 1 else [] for i in range(count)]
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(start(i, *hosts_options(count, i, port))) for i in range(count)]
+        yield [stack.enter_context(start(i, *more)) for i, more in enumerate(options)]
 
 
 def curve(folder: Path) -> list[dict]:

@@ -70,6 +70,7 @@ def small(corpus: Path, output: Path, compiled: Path | None = None) -> RunConfig
         num_steps=24,
         micro_batches=2,
         save_every=4,
+        keep=3,
         eval_every=0,
         eval_batches=1,
         max_skips=LAST + 1 - FIRST,

@@ -47,10 +47,14 @@ class Restores(NamedTuple):
 
 def trial(config: ReliabilityConfig, scratch: Path, folder: Path) -> Restores:
     """Spoils the checkpoints of a small run in many ways, each time those that it saved, and restores."""
-    course, rng = Course(scratch, "undisturbed-short", OPTIONS), random.Random(config.seed)
-    saved = _saved(course.undisturbed())
+    saved = saved_by(Course(scratch, "undisturbed-short", OPTIONS).undisturbed())
+    return spoil(saved, config.corruptions, random.Random(config.seed), folder)
+
+
+def spoil(saved: Saved, times: int, rng: random.Random, folder: Path) -> Restores:
+    """Spoils and restores copies of what was saved."""
     failures, outcomes = [], Counter()
-    for number in range(config.corruptions):
+    for number in range(times):
         copy = shutil.copytree(saved.folder, folder / "checkpoints")
         what = corrupt(rng, copy)
         outcome, wrong = restore(copy, saved)
@@ -82,7 +86,8 @@ def restore(folder: Path, saved: Saved) -> tuple[str, str]:
     return ("found and passed over" if step < max(saved.states) else "harmless"), ""
 
 
-def _saved(run: Path) -> Saved:
+def saved_by(run: Path) -> Saved:
+    """Returns what lies in the folder of a run."""
     checkpoints = Checkpoints.open(run / "checkpoints")
     one_device = make_mesh(MeshConfig(), jax.devices()[:1])
     like = Programs.make(open_run(run).config, one_device).state_shapes()

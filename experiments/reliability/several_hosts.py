@@ -4,13 +4,13 @@ import itertools
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments import goodput
 from experiments.reliability.config import ReliabilityConfig
-from experiments.reliability.courses import Course, events, last_line, logged
-from experiments.reliability.launched import Host
+from experiments.reliability.courses import Course, complaints, events, last_line
 
 LIMIT = 10  # seconds
 OPTIONS = (
@@ -24,7 +24,6 @@ class HostKill(NamedTuple):
 
     name: str
     seconds: float  # until the other one was gone
-    logged: int  # steps in the logbook by then
 
 
 class HostKills(NamedTuple):
@@ -50,17 +49,27 @@ def trial(config: ReliabilityConfig, scratch: Path, folder: Path) -> HostKills:
     span = goodput.last_sign(undisturbed) - events(undisturbed, "compiled")[0]["time"]
     failures, kills = [], []
     for run in map(str, itertools.count()):
-        while len(kills) < config.host_kills:
-            moment = rng.uniform(0, 0.5 * span)
-            kill = _kill(course, folder / run, len(kills) % 2, moment, failures)
-            if kill is None:
-                break
-            kills.append(kill)
-            print(f"  {kill.name} killed, the other gone after {kill.seconds:.1f} s", flush=True)
+        moments = [rng.uniform(0, 0.5 * span) for _ in range(config.host_kills - len(kills))]
+        kills += _hunt(course, folder / run, moments, len(kills), failures)
         failures += course.finish(folder / run) or course.differences(folder / run)
         if len(kills) >= config.host_kills or failures:
-            return HostKills(failures, kills)
-    raise AssertionError
+            break
+    return HostKills(failures, kills)
+
+
+def _hunt(course: Course, folder: Path, moments: Sequence[float], first: int, failures: list[str]) -> list[HostKill]:
+    """Kills a host of a run at each moment, by turns, unless the run comes to its end before.
+
+    `first` is the number of the first kill among all.
+    """
+    kills = []
+    for number, moment in enumerate(moments, first):
+        kill = _kill(course, folder, number % 2, moment, failures)
+        if kill is None:
+            break
+        kills.append(kill)
+        print(f"  {kill.name} killed, the other gone after {kill.seconds:.1f} s", flush=True)
+    return kills
 
 
 def _kill(course: Course, folder: Path, index: int, moment: float, failures: list[str]) -> HostKill | None:
@@ -69,19 +78,13 @@ def _kill(course: Course, folder: Path, index: int, moment: float, failures: lis
     with course.start_all(folder) as hosts:
         hosts[0].wait_until(lambda: len(events(folder, "start")) > before)
         if not hosts[index].outlives(moment):
-            failures += [
-                f"{folder} ended with {status}: {last_line(printed)}" for status, printed in _ended_badly(hosts)
-            ]
+            failures += complaints(hosts)
             return None
         begin = time.monotonic()
         hosts[index].send(signal.SIGKILL)
         status, printed = hosts[1 - index].end()
-        kill = HostKill(NAMES[index], time.monotonic() - begin, len(logged(folder)))
+        kill = HostKill(NAMES[index], time.monotonic() - begin)
     if status == 0 or kill.seconds > LIMIT:
         said = f"status {status}: {last_line(printed)}"
         failures.append(f"the {kill.name} was killed, the other left after {kill.seconds:.1f} s with {said}")
     return kill
-
-
-def _ended_badly(hosts: list[Host]) -> list[tuple[int, str]]:
-    return [(status, printed) for status, printed in (host.end() for host in hosts) if status]

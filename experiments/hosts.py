@@ -53,7 +53,7 @@ class HostsConfig:
     count: int = 0
     index: int = -1
     wait_seconds: float = 30.0
-    heartbeat_seconds: int = 10
+    heartbeat_seconds: int = 7
 
     def __post_init__(self):
         port = self.coordinator.rpartition(":")[2]

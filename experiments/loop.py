@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import grain
 import jax
 import numpy as np
 
@@ -63,32 +64,8 @@ def _train(config: RunConfig, began: float) -> TrainState:
             compiled = _compile(config, programs, state, journal)
             batches = ordered_batches(held_out, config.data.batch_size)
             with Preemption(config.grace_seconds, jax.process_count() == 1) as preemption:
-                about, saved = {"mesh": dict(mesh.shape), "hosts": jax.process_count()}, done
-                while not journal.signal:
-                    if _evaluation_due(config, done) and not journal.evaluated(done):
-                        journal.settle()
-                        if journal.signal:
-                            break
-                        with journal.beside_steps("evaluated", done):
-                            loss = _held_out_loss(state, batches, programs, compiled, config, preemption.at_once)
-                        journal.evaluate(done, loss)
-                    if feed.empty():
-                        journal.wait()  # so that it is known from when on the devices have nothing to do
-                    batch = feed.take(done, preemption.at_once) if done < config.num_steps else None
-                    if batch is None:
-                        break
-                    journal.begin(done)
-                    state, metrics = compiled.train(state, batch)
-                    journal.note(done, metrics, preemption.signal)
-                    done += 1
-                    if done % config.save_every == 0:
-                        with journal.beside_steps("saved", done):  # the logbook first: it lacks no step of a checkpoint
-                            checkpoints.save(done, state, **about)
-                        saved = done
-                with journal.beside_steps("saved", done):
-                    if saved < done:
-                        checkpoints.save(done, state, **about)
-                    checkpoints.wait()
+                run = _Run(config, programs, compiled, batches, feed, checkpoints, journal, preemption)
+                state, done = _go_on(run, state, done)
                 finished = done == config.num_steps and journal.evaluated(done)
                 signal = 0 if finished else journal.signal or preemption.signal
                 journal.end(done, signal)
@@ -102,6 +79,62 @@ class _Compiled(NamedTuple):
 
     train: Callable
     loss: Callable
+
+
+class _Run(NamedTuple):
+    """All that steps, evaluations and saves need."""
+
+    config: RunConfig
+    programs: Programs
+    compiled: _Compiled
+    held_out: grain.MapDataset
+    feed: Feed
+    checkpoints: Checkpoints
+    journal: Journal
+    preemption: Preemption
+
+
+def _go_on(run: _Run, state: TrainState, done: int) -> tuple[TrainState, int]:
+    """Trains until all is done or a signal came; returns the state, which is saved, and the steps that it has done."""
+    saved = done
+    while _evaluated_if_due(run, state, done) and (batch := _next_batch(run, done)) is not None:
+        run.checkpoints.check()  # what cannot be saved is told at once, not when it is time for the next
+        run.journal.begin(done)
+        state, metrics = run.compiled.train(state, batch)
+        run.journal.note(done, metrics, run.preemption.signal)
+        done += 1
+        if done % run.config.save_every == 0:
+            with run.journal.beside_steps("saved", done):  # the logbook first: it lacks no step of a checkpoint
+                _save(run, state, done)
+            saved = done
+    with run.journal.beside_steps("saved", done):
+        if saved < done:
+            _save(run, state, done)
+        run.checkpoints.wait()
+    return state, done
+
+
+def _evaluated_if_due(run: _Run, state: TrainState, done: int) -> bool:
+    """Evaluates if it is time to; False if all hosts have heard a signal."""
+    if not run.journal.signal and _evaluation_due(run.config, done) and not run.journal.evaluated(done):
+        run.journal.settle()
+        if not run.journal.signal:
+            with run.journal.beside_steps("evaluated", done):
+                loss = _held_out_loss(run, state)
+            run.journal.evaluate(done, loss)
+    return not run.journal.signal
+
+
+def _next_batch(run: _Run, done: int):
+    """Returns the batch of the next step; None after the last one, and where a signal came while it was waited for."""
+    if run.feed.empty():
+        run.journal.wait()  # so that it is known from when on the devices have nothing to do
+    return run.feed.take(done, run.preemption.at_once) if done < run.config.num_steps else None
+
+
+def _save(run: _Run, state: TrainState, done: int) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    run.checkpoints.save(done, state, mesh=dict(mesh.shape), hosts=jax.process_count())
 
 
 def _read(config: RunConfig):
@@ -128,20 +161,14 @@ def _evaluation_due(config: RunConfig, done: int) -> bool:
     return done == config.num_steps or bool(done and config.eval_every and done % config.eval_every == 0)
 
 
-def _held_out_loss(
-    state: TrainState,
-    batches,
-    programs: Programs,
-    compiled: _Compiled,
-    config: RunConfig,
-    stop: Callable[[], bool],
-) -> float | None:
+def _held_out_loss(run: _Run, state: TrainState) -> float | None:
     """Returns nats per target over the first held-out batches, the same ones every time; None if it was stopped."""
     losses, targets = [], []
-    for i in range(min(config.eval_batches, len(batches))):
-        if stop():
+    for i in range(min(run.config.eval_batches, len(run.held_out))):
+        if run.preemption.at_once():
             return None
-        loss, number = jax.device_get(compiled.loss(state.params, programs.place(split(batches[i], 1))))
+        batch = run.programs.place(split(run.held_out[i], 1))
+        loss, number = jax.device_get(run.compiled.loss(state.params, batch))
         losses.append(loss)
         targets.append(number)
     return float(np.sum(losses, dtype=np.float64) / np.sum(targets, dtype=np.float64))

@@ -3,8 +3,10 @@
 import itertools
 import json
 import logging
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,20 @@ from experiments.checkpoints.manifest import Array, File, Manifest
 PATIENCE = 600  # seconds that processes wait for one another
 _turns = itertools.count()  # the same in all processes, for all save in the same order
 
-# What orbax fails at is raised and ends in a sentence; it would also log the same traceback several times.
+
+def _without_latecomers(hook: Callable) -> Callable:
+    def unraisablehook(args) -> None:
+        if args.exc_type is not RuntimeError or str(args.exc_value) != "Event loop is closed":
+            hook(args)
+
+    return unraisablehook
+
+
+# What orbax fails at is raised and ends in a sentence. It would also log the same traceback several times, asyncio log
+# those of the arrays after the first, and Python print those of writers that come back when all has been given up.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
+logging.getLogger("asyncio").addFilter(lambda record: "in OCDBT database" not in record.getMessage())
+sys.unraisablehook = _without_latecomers(sys.unraisablehook)
 
 
 class Saver:
@@ -46,6 +60,10 @@ class Saver:
         _check_names(arrays)
         self._orbax.save(disk.draft(self._folder, step), args=ocp.args.PyTreeSave(state))
         self._sealing = self._pool.submit(self._seal, step, arrays, about, next(_turns))
+
+    def has_ended(self) -> bool:
+        """True if `finish` would not wait."""
+        return self._sealing is None or self._sealing.done()
 
     def finish(self) -> None:
         """Waits until what was started is sealed.

@@ -105,6 +105,15 @@ class Checkpoints:
         with _explained(self._folder):
             self._saver.start(step, state, about)
 
+    def check(self) -> None:
+        """Waits for nothing.
+
+        Raises:
+          UserError: what was to be saved could not be written, as far as is known by now; said once.
+        """
+        if "_saver" in vars(self) and self._saver.has_ended():
+            self.wait()
+
     def wait(self) -> None:
         """Waits until everything is on disk and sealed.
 

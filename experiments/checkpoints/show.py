@@ -34,7 +34,7 @@ def find(path: Path) -> list[Path]:
         raise UserError(f"path: {path} is not a folder; give a run's folder, its checkpoints, or one of them.")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = [folder / str(step) for step in disk.entries(folder)]
-    if not found and _step(path) is not None:
+    if not found and folder == path and _step(path) is not None:
         return [path]
     if not found:
         raise UserError(f"path: {folder} holds no checkpoint; give a run's folder, its checkpoints, or one of them.")

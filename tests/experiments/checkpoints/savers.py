@@ -1,4 +1,4 @@
-"""One of several processes that share a folder of checkpoints; started by test_checkpoints.py.
+"""One of several processes that share a folder of checkpoints; started by test_processes.py.
 
 python savers.py PORT PROCESS PROCESSES DEVICES FOLDER
 """

@@ -5,7 +5,9 @@ from typing import Literal
 
 from pallas_kernels import SolverConfig
 
-MixerName = Literal["mesa", "attention", "sliding_window"]
+MixerName = Literal[
+    "mesa", "gla", "mamba2", "mlstm", "deltanet", "gated_deltanet", "hawk", "sliding_window", "attention"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,9 @@ class MesaNetConfig:
       value_dim: size of values per head.
       mlp_dim: width of the SwiGLU; 0 means three times model_dim, as in the paper.
       pattern: mixers from the bottom up, repeated until num_layers are filled; a hybrid is a longer tuple.
-      conv_width: taps of the causal convolution on queries and keys of a mesa mixer.
-      gate_bound: largest forget gate at full input strength; keeps H bounded when a token repeats (appendix G.5).
+      recurrent_dim: channels of a hawk mixer, a multiple of num_heads; 0 means 1.25 times model_dim, as in the paper.
+      conv_width: taps of the causal convolution, on queries and keys of mixers with a memory, on channels of hawk.
+      gate_bound: mesa's largest forget gate at full input strength; keeps H bounded if a token repeats (appendix G.5).
       forget_bias: initial bias of the forget gate's logit, shared by all heads; the paper does not state its own.
       ridge_floor: smallest regularisation; the learned part is added to it.
       ridge_init: regularisation at initialisation.
@@ -46,6 +49,7 @@ class MesaNetConfig:
     value_dim: int = 128
     mlp_dim: int = 0
     pattern: tuple[MixerName, ...] = ("mesa",)
+    recurrent_dim: int = 0
     conv_width: int = 4
     gate_bound: float = 0.9975
     forget_bias: float = 4.0
@@ -84,10 +88,15 @@ class MesaNetConfig:
             raise ValueError(
                 f"MesaNetConfig: num_layers={self.num_layers} is no multiple of the length of pattern={self.pattern}."
             )
-        if set(self.pattern) != {"mesa"} and (self.key_dim % 2 or self.key_dim != self.value_dim):
+        if {"attention", "sliding_window"} & {*self.pattern} and (self.key_dim % 2 or self.key_dim != self.value_dim):
             raise ValueError(
                 f"MesaNetConfig: attention needs an even key_dim and as large a value_dim, "
                 f"not {self.key_dim} and {self.value_dim}."
+            )
+        if "hawk" in self.pattern and (self.channels < 1 or self.channels % self.num_heads):
+            raise ValueError(
+                f"MesaNetConfig: recurrent_dim={self.channels} must be a positive multiple of "
+                f"num_heads={self.num_heads}."
             )
         if min(self.logit_cap, self.norm_eps, self.rope_base) <= 0:
             raise ValueError("MesaNetConfig: logit_cap, norm_eps and rope_base must be positive.")
@@ -102,6 +111,11 @@ class MesaNetConfig:
     def feed_forward_dim(self) -> int:
         """Width of the SwiGLU."""
         return self.mlp_dim or 3 * self.model_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of a hawk mixer."""
+        return self.recurrent_dim or self.model_dim * 5 // 4
 
 
 # "tiny" is for laptops and bytes; the others are Table G.4 of the paper with the GPT-2 vocabulary.

@@ -18,10 +18,9 @@ def forward_flops(config: MesaNetConfig, length: int, solver_steps: float | None
       context: tokens that were read before the sequence; attention looks back at them.
     """
     c = config
-    heads = c.num_heads * (2 * c.key_dim + 2 * c.value_dim)
-    layer = 2 * c.model_dim * (heads + 3 * c.feed_forward_dim)
+    mlp = 6 * c.model_dim * c.feed_forward_dim
     mixers = sum(_mixer_flops(c, mixer, length, solver_steps, context) for mixer in c.pattern) / len(c.pattern)
-    return c.num_layers * (layer + mixers) + 2 * c.model_dim * c.vocab_size
+    return c.num_layers * (mlp + mixers) + 2 * c.model_dim * c.vocab_size
 
 
 def training_flops(config: MesaNetConfig, length: int, solver_steps: float | None = None) -> float:
@@ -38,17 +37,25 @@ def training_flops(config: MesaNetConfig, length: int, solver_steps: float | Non
 
 
 def _mixer_flops(c: MesaNetConfig, mixer: str, length: int, solver_steps: float | None, context: int) -> float:
-    """FLOPs per token of what a mixer does beyond its projections."""
-    if mixer != "mesa":
+    """FLOPs per token of a mixer, its projections among them."""
+    if mixer == "hawk":
+        return 6 * c.model_dim * c.channels + 4 * c.channels**2 / c.num_heads
+    k, v, chunk = c.key_dim, c.value_dim, min(length, CHUNK)
+    projections = 4 * c.model_dim * c.num_heads * (k + v)
+    if mixer in ("attention", "sliding_window"):
         span = c.window if mixer == "sliding_window" else c.max_context
         seen = _seen(context + length, span) - _seen(context, span)
-        return 2 * c.num_heads * (c.key_dim + c.value_dim) * seen / length
-    steps = _steps(c, solver_steps)
-    solve = 2 * work.steps(steps, 1 if steps else 0, c.key_dim, min(length, CHUNK))  # and one true residual
-    states = 2 * c.key_dim * (c.key_dim + c.value_dim)
-    read_out = 2 * c.key_dim * c.value_dim + 2 * CHUNK * (c.key_dim + c.value_dim)
+        return projections + 2 * c.num_heads * (k + v) * seen / length
     gates = 4 * c.model_dim
-    return c.num_heads * (solve + states + read_out + gates) + _factor_flops(c, length, solver_steps)
+    read_and_write = 4 * k * v + 2 * chunk * (k + v)
+    head = gates + read_and_write
+    if mixer in ("deltanet", "gated_deltanet"):
+        head += 2 * k * v + 2 * chunk * k + chunk * (k + v)  # what is read at keys, their products, the triangles
+    if mixer != "mesa":
+        return projections + c.num_heads * head
+    steps = _steps(c, solver_steps)
+    solve = 2 * work.steps(steps, 1 if steps else 0, k, chunk)  # and one true residual
+    return projections + c.num_heads * (head + 2 * k * k + solve) + _factor_flops(c, length, solver_steps)
 
 
 def _seen(length: int, span: int) -> float:

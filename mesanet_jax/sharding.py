@@ -84,6 +84,11 @@ def lay_out(x: jax.Array, *axes: str | None, even: bool = True) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def whole_in_time(*arrays: jax.Array) -> list[jax.Array]:
+    """Returns arrays [b, t, h, k] with all of time on every device, for mixers that do not split it."""
+    return [lay_out(x, "batch", None, "heads", None) for x in arrays]
+
+
 def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns a table [y, d] once for every part that the mesh makes of tokens [b, t]: [r, s, y, d], d whole on each.
 

@@ -27,7 +27,7 @@ class OptimizerConfig:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: decay of matrices; embedding, norms, biases and ridge have none.
+      weight_decay: decay of matrices; embedding, norms, biases, ridge and the decays of hawk have none.
       clip_norm: largest norm of a gradient.
     """
 
@@ -202,5 +202,5 @@ def _loss(params, batch: Batch, model: MesaNet) -> tuple[jax.Array, _Watched]:
 
 def _decayed(params):
     """True for parameters with weight decay: those whose last name is not one of the undecayed."""
-    undecayed = {"embedding", "scale", "bias", "ridge"}
+    undecayed = {"embedding", "scale", "bias", "ridge", "decay"}
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in undecayed, params)

@@ -214,7 +214,7 @@ def _explanations(runs: dict[str, Run], results: Results, bands: Bands) -> list[
             "“Last w tokens only”: the same model reads windows of w tokens that begin with BOS, so each token sees "
             "between 3/4 w and w tokens; where that line parts from the whole context, the far past begins to pay."
         )
-    stretched = [name for name, run in runs.items() if set(run.config.model.pattern) != {"mesa"}]
+    stretched = [name for name, run in runs.items() if "attention" in run.config.model.pattern]
     if stretched:
         said.append(f"Beyond the trained length, full attention ({', '.join(stretched)}) looks back over everything.")
     return said

@@ -5,6 +5,22 @@ A mixer is a Flax module over the config whose call takes (x [b, t, d], state or
 """
 
 from mesanet_jax.mixers.attention import Attention, SlidingWindowAttention
+from mesanet_jax.mixers.deltanet import DeltaNet
+from mesanet_jax.mixers.gated_deltanet import GatedDeltaNet
+from mesanet_jax.mixers.gla import GatedLinearAttention
+from mesanet_jax.mixers.hawk import Hawk
+from mesanet_jax.mixers.mamba2 import Mamba2
 from mesanet_jax.mixers.mesa import Mesa
+from mesanet_jax.mixers.mlstm import MLSTM
 
-MIXERS = {"mesa": Mesa, "attention": Attention, "sliding_window": SlidingWindowAttention}
+MIXERS = {
+    "mesa": Mesa,
+    "gla": GatedLinearAttention,
+    "mamba2": Mamba2,
+    "mlstm": MLSTM,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "hawk": Hawk,
+    "sliding_window": SlidingWindowAttention,
+    "attention": Attention,
+}

@@ -40,7 +40,7 @@ class Attention(nn.Module):
         q, k = (layers.rotate(y, positions, c.rope_base) for y in (q, k))
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
-        k, v = (sharding.lay_out(y, "batch", None, "heads", None) for y in (k, v))  # all of time everywhere
+        k, v = sharding.whole_in_time(k, v)
         seen = _Seen(k, v, jnp.broadcast_to(positions, x.shape[:2]), segment_ids)
         out = attend(q, positions, segment_ids, _remembered(state, segment_ids, seen), self.span)
         return layers.merge_heads(c, "out")(out), _remember(state, seen, positions, self.span)

@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, sharding
+from mesanet_jax.mixers import MIXERS
 from mesanet_jax.sharding import MESH_AXES, batch_sharding, parameter_shardings
 from tests import tolerances
 
@@ -87,3 +89,25 @@ def test_ids_of_floats_are_refused_in_one_sentence_whatever_the_mesh_splits(axis
 def test_tokens_of_floats_are_refused_in_one_sentence_whatever_the_mesh_splits(axis):
     with jax.set_mesh(mesh_of(axis)), pytest.raises(TypeError, match=r"^MesaNet: tokens have dtype float32; pass "):
         MODEL.init(jax.random.key(0), jnp.zeros((2, 8)))
+
+
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "mesa"])  # see test_sequence_parallel.py
+@pytest.mark.parametrize("axis", ["sequence", "tensor"])
+def test_a_mixer_over_two_devices_equals_the_mixer_on_one_in_value_and_gradient(mixer, axis):
+    shape = dict(model_dim=8, num_heads=2, key_dim=4, value_dim=4, recurrent_dim=6, window=5, max_context=20)
+    layer = MIXERS[mixer](MesaNetConfig(**shape, solver=SolverConfig(max_steps=8, tolerance=0.0)))
+    x, dy = (jax.random.normal(jax.random.key(seed), (2, 20, 8)) for seed in range(2))
+    ids = jnp.repeat(jnp.array([[0, 1, 1], [0, 0, -1]]), jnp.array([7, 9, 4]), axis=1)
+    boxed = layer.init(jax.random.key(2), x, None, ids)
+
+    @jax.jit
+    def pulled(params, x, ids):
+        y, pullback = jax.vjp(lambda params, x: layer.apply(params, x, None, ids)[0], params, x)
+        return y, pullback(dy)
+
+    mesh = mesh_of(axis)
+    expected = pulled(nn.unbox(boxed), x, ids)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(nn.unbox(boxed), parameter_shardings(boxed, mesh))
+        found = pulled(params, x, ids)
+    jax.tree.map(lambda a, b: tolerances.assert_near(a, b, tolerances.MODEL["gradient"]), found, expected)

@@ -84,6 +84,8 @@ def _kill(course: Course, folder: Path, index: int, moment: float, failures: lis
         hosts[index].send(signal.SIGKILL)
         status, printed = hosts[1 - index].end()
         kill = HostKill(NAMES[index], time.monotonic() - begin)
+    if status == 0 and any(event["signal"] == 0 for event in events(folder, "end")):
+        return None  # all was done, and the one that was killed was only saying goodbye
     if status == 0 or kill.seconds > LIMIT:
         said = f"status {status}: {last_line(printed)}"
         failures.append(f"the {kill.name} was killed, the other left after {kill.seconds:.1f} s with {said}")

@@ -185,3 +185,12 @@ def _parse(text: str) -> dict[str, Any]:
 def _digest_of(content: dict[str, Any]) -> str:
     """Of what is said, not how: in the order of keys, whatever the white space."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def in_units(size: float) -> str:
+    """Returns a number of bytes as people read it."""
+    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1000:
+        size, unit = size / 1024, next(units)
+    return f"{size:.3g} {unit}"

@@ -91,7 +91,7 @@ def _cells(content: Manifest | None) -> tuple[str, ...]:
     sizes = {name: sum(prod(array.shape) for array in group) for name, group in _parts(content).items()}
     return (
         time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content.time)),
-        _bytes(sum(file.size for file in content.files.values())),
+        manifest.in_units(sum(file.size for file in content.files.values())),
         f"{len(content.arrays):,}",
         f"{sizes.get('params', sum(sizes.values())):,}",
         ", ".join(sorted({array.dtype for array in content.arrays})),
@@ -135,14 +135,6 @@ def _range(column: Sequence[str]) -> str:
 
 def _shape(array: Array) -> str:
     return " x ".join(str(size) for size in array.shape) or "scalar"
-
-
-def _bytes(size: float) -> str:
-    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while size >= 1000:
-        size, unit = size / 1024, next(units)
-    return f"{size:.3g} {unit}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:

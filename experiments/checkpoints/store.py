@@ -254,7 +254,8 @@ class Checkpoints:
         needed = sum(getattr(x, "nbytes", 0) for x in jax.tree.leaves(state))
         free = peers.of_first(shutil.disk_usage(self._folder).free)
         if free < needed:
-            raise UserError(f"output: {self._folder} has {free >> 20} MiB left, a checkpoint needs {needed >> 20} MiB.")
+            left, size = manifest.in_units(free), manifest.in_units(needed)
+            raise UserError(f"output: {self._folder} has {left} left, a checkpoint needs {size}; make room.")
 
 
 @contextlib.contextmanager

@@ -182,7 +182,10 @@ def test_a_failed_save_does_not_hide_the_mistake_that_ended_the_run(tmp_path, mo
 
 def test_a_disk_without_room_is_told_before_anything_is_written(folder, monkeypatch):
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match="MiB left, a checkpoint needs"):
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(UserError, match="has 0 B left, a checkpoint needs 48 KiB; make"),
+    ):
         checkpoints.save(40, make_state(40))
     assert names(folder) == ["10", "20", "30"]
 

@@ -30,6 +30,7 @@ def run_preset(
 ) -> None:
     """The same, where the first word names a preset (by default `default`) and options override its fields."""
     args = list(sys.argv[1:] if args is None else args)
+    args = args[1:] if args[:1] == ["--preset"] else args  # for those who like to say so
     if args[:1] not in (["-h"], ["--help"]) and (not args or args[0].startswith("-")):
         args = [default, *args]
     parse = tyro.extras.overridable_config_cli

@@ -72,7 +72,7 @@ def append(file: io.FileIO, entry: dict[str, Any]) -> None:
             file.truncate(end)
         raise UserError(
             f"output: {file.name} cannot be written ({error.strerror}); make room and start the same command again, it "
-            f"goes on from the last checkpoint."
+            f"goes on from what was saved."
         ) from None
 
 

@@ -74,18 +74,9 @@ class MesaNet(nn.Module):
         """
         c = self.config
         _check(tokens, segment_ids)
-        embedding = nn.Embed(
-            c.vocab_size,
-            c.model_dim,
-            dtype=c.dtype,
-            embedding_init=layers.named(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed")),
-            name="embedding",
-        )
-        table = sharding.spread(embedding.embedding.astype(c.dtype), tokens.shape)
-        x = sharding.look_up(table, tokens) * jnp.asarray(c.model_dim**0.5, c.dtype)
-        x = sharding.lay_out(x, "batch", "time", None)
+        x, table = embed(c, tokens)
         states = (None,) * len(c.pattern) if state is None else state
-        x, states = _stack(c)(x, states, segment_ids)
+        x, states = stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)
         logits = sharding.read_out(x, table)
         return c.logit_cap * jnp.tanh(logits / c.logit_cap), states
@@ -112,8 +103,17 @@ def num_parameters(params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def _stack(config: MesaNetConfig) -> nn.Module:
-    """All periods as one scan, so that compile time does not grow with depth."""
+def embed(config: MesaNetConfig, tokens: Tokens) -> tuple[Activations, jax.Array]:
+    """Makes the parameter `embedding` of the module that calls; returns its rows for the tokens, and it, spread."""
+    init = layers.named(nn.initializers.normal(config.model_dim**-0.5), ("vocab", "embed"))
+    embedding = nn.Embed(config.vocab_size, config.model_dim, dtype=config.dtype, embedding_init=init, name="embedding")
+    table = sharding.spread(embedding.embedding.astype(config.dtype), tokens.shape)
+    x = sharding.look_up(table, tokens) * jnp.asarray(config.model_dim**0.5, config.dtype)
+    return sharding.lay_out(x, "batch", "time", None), table
+
+
+def stack(config: MesaNetConfig) -> nn.Module:
+    """Returns all blocks, as one scan over periods of the pattern: compile time does not grow with depth."""
     period = Period
     if config.remat in REMAT_POLICIES:
         period = nn.remat(Period, policy=REMAT_POLICIES[config.remat], prevent_cse=False)

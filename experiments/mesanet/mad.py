@@ -1,0 +1,191 @@
+"""MAD: which ability does which mixer have? Six tasks of tokens (arXiv 2403.17844) as in arXiv 2506.05233, table 9.
+
+  python -m experiments.mesanet.mad smoke    mesa recalls what a window of 4 tokens cannot: 3 minutes on 2 cores
+  python -m experiments.mesanet.mad small    every mixer on every task at its baseline, in short: 2 hours on 2 cores
+  python -m experiments.mesanet.mad paper    all difficulties, learning rates and decays: weeks on one GPU
+
+One line of cells.jsonl is one model trained on one setting; the same command goes on where it was. At the end, and with
+whatever is done when it is started again, a table stands in the output's table.md, the paper's figures beside ours.
+"""
+
+import dataclasses
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import cli
+from experiments.mesh import MeshConfig
+from experiments.synthetic import mad
+from experiments.synthetic.fit import FitConfig
+from experiments.synthetic.mad import Setting, TaskName
+from experiments.synthetic.models import ALL_MIXERS, check_mixers, fit_mixer, mesh_for
+from experiments.synthetic.scores import Score, Tally, accuracy, grouped, mean, score, tally
+from experiments.synthetic.sweep import opened
+from mesanet_jax import MesaNetConfig
+
+# arXiv 2506.05233, table 9, in percent; the columns are COLUMNS
+PAPER = {
+    "mamba2": (100, 51.2, 42.0, 95.4, 41.3),
+    "gla": (100, 39.0, 82.5, 96.1, 42.3),
+    "mlstm": (100, 47.6, 79.8, 95.4, 43.4),
+    "deltanet": (100, 55.5, 40.8, 98.8, 43.3),
+    "gated_deltanet": (100, 32.7, 81.7, 95.7, 45.0),
+    "hawk": (93.0, 13.6, 91.3, 77.0, 47.7),
+    "mesa": (100, 58.5, 77.2, 99.2, 45.4),
+    "hawk+mesa": (100, 30.2, 85.6, 99.6, 52.3),
+    "attention": (100, 48.6, 84.7, 96.0, 49.5),
+}
+COLUMNS: dict[str, tuple[TaskName, ...]] = {
+    "recall": ("in-context-recall", "noisy-in-context-recall"),
+    "fuzzy": ("fuzzy-in-context-recall",),
+    "memorize": ("memorization",),
+    "copy": ("selective-copying",),
+    "compress": ("compression",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MadConfig:
+    """Which models on which tasks.
+
+    Attributes:
+      output: folder of the cells and the table.
+      mixers: what is compared; "+" joins the layers of a hybrid from the bottom up.
+      tasks: what they are tested on.
+      harder: also all difficulties that the benchmark varies, not only the baseline of each task.
+      model: size of the models; vocabulary, context and pattern come from task and mixer.
+      fit: how each is trained.
+      peak_lrs: learning rates to try; the best one counts.
+      weight_decays: weight decays to try; the best one counts.
+      seeds: of parameters and order; scores are means over them.
+      mesh: how devices share a batch.
+    """
+
+    output: Path = Path("runs/mad/small")
+    mixers: tuple[str, ...] = ALL_MIXERS
+    tasks: tuple[TaskName, ...] = TaskName.__args__
+    harder: bool = False
+    model: MesaNetConfig = MesaNetConfig(num_layers=2, model_dim=128, num_heads=8, key_dim=16, value_dim=16)
+    fit: FitConfig = FitConfig()
+    peak_lrs: tuple[float, ...] = (3e-3, 1e-3, 5e-4, 1e-4)
+    weight_decays: tuple[float, ...] = (0.01, 0.1)
+    seeds: tuple[int, ...] = (0,)
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        for field in ("mixers", "tasks", "peak_lrs", "weight_decays", "seeds"):
+            if not getattr(self, field):
+                raise ValueError(f"MadConfig: {field} is empty; name at least one.")
+        check_mixers("MadConfig", self.mixers, (self.model.num_layers,))
+
+
+QUICK = FitConfig(epochs=12, warmup_steps=100)
+PRESETS = {
+    "smoke": (
+        "mesa recalls, a window of 4 tokens cannot",
+        MadConfig(
+            output=Path("runs/mad/smoke"),
+            mixers=("mesa", "sliding_window"),
+            tasks=("in-context-recall",),
+            model=MesaNetConfig(num_layers=2, model_dim=64, num_heads=4, key_dim=16, value_dim=16, window=4),
+            fit=dataclasses.replace(QUICK, epochs=3),
+            peak_lrs=(3e-3,),
+            weight_decays=(0.01,),
+        ),
+    ),
+    "small": (
+        "every mixer on every task at its baseline",
+        MadConfig(fit=QUICK, peak_lrs=(3e-3,), weight_decays=(0.01,)),
+    ),
+    "paper": ("all difficulties, learning rates and decays", MadConfig(output=Path("runs/mad/paper"), harder=True)),
+}
+
+
+def cells(config: MadConfig) -> list[dict[str, Any]]:
+    """Returns what is trained and tested, task by task."""
+    settings = [x for task in config.tasks for x in (mad.sweep(task) if config.harder else [mad.baseline(task)])]
+    choices = (settings, config.mixers, config.peak_lrs, config.weight_decays, config.seeds)
+    return [
+        {"mixer": mixer, **dataclasses.asdict(setting), "peak_lr": lr, "weight_decay": decay, "seed": seed}
+        for setting, mixer, lr, decay, seed in itertools.product(*choices)
+    ]
+
+
+def result(config: MadConfig, mesh: jax.sharding.Mesh, *, mixer, peak_lr, weight_decay, seed, **setting) -> dict:
+    """Trains and tests one cell."""
+    difficulty = Setting(**setting)
+    train, test = mad.draw(difficulty)
+
+    def counts(predictions: np.ndarray) -> Tally:
+        return tally(predictions, test.targets, difficulty.vocab_size)
+
+    found = fit_mixer(
+        mixer,
+        dataclasses.replace(config.model, vocab_size=difficulty.vocab_size),
+        train,
+        test,
+        lambda predictions: float(accuracy(counts(predictions))),
+        dataclasses.replace(config.fit, peak_lr=peak_lr, weight_decay=weight_decay, seed=seed),
+        mesh,
+        compresses=difficulty.task == "compression",
+    )
+    return {**score(counts(found.predictions))._asdict(), "epochs": found.num_epochs, "seconds": found.seconds}
+
+
+def main(config: MadConfig) -> None:
+    """Computes the cells that are missing and writes the table."""
+    mesh = mesh_for(config.mesh, config.fit.batch_size)
+    with opened(config) as sweep:
+        text = table(config, sweep.compute(cells(config), partial(result, config, mesh)))
+        (config.output / "table.md").write_text(text)
+    print(f"\n{text}\ntable: {config.output / 'table.md'}")
+
+
+def scores(entries: list[dict]) -> dict[tuple[str, TaskName], Score]:
+    """Returns the score of each mixer on each task: the mean over settings of what the best choice has there."""
+    fields = [field.name for field in dataclasses.fields(Setting)]
+    best: dict[tuple, Score] = {}
+    for (*place, _, _), found in grouped(entries, ["mixer", *fields, "peak_lr", "weight_decay"]).items():
+        best[tuple(place)] = max(found, best.get(tuple(place), found))
+    settings: dict[tuple, list[Score]] = {}
+    for (mixer, task, *_), found in best.items():
+        settings.setdefault((mixer, task), []).append(found)
+    return {place: mean(found) for place, found in settings.items()}
+
+
+def table(config: MadConfig, entries: list[dict]) -> str:
+    """Returns the scores in percent with their intervals, the paper's in brackets beside them."""
+    found = scores(entries)
+    columns = {name: [task for task in tasks if task in config.tasks] for name, tasks in COLUMNS.items()}
+    columns = {name: tasks for name, tasks in columns.items() if tasks}
+    lines = ["| mixer | " + " | ".join([*columns, "mean"]) + " |", "|---" * (len(columns) + 2) + "|"]
+    for mixer in config.mixers:
+        ours = [mean([found[mixer, task] for task in tasks]) for tasks in columns.values()]
+        theirs = [PAPER[mixer][list(COLUMNS).index(name)] for name in columns] if mixer in PAPER else []
+        shown = [_percent(*pair) for pair in itertools.zip_longest([*ours, mean(ours)], [*theirs, *_mean(theirs)])]
+        lines.append(f"| {mixer} | " + " | ".join(shown) + " |")
+    what = "All difficulties" if config.harder else "The baseline of each task alone"
+    choices = len(config.peak_lrs) * len(config.weight_decays)
+    lines.append(
+        f"\nPer cent of right answers, the mean over ids, with the interval over test sequences; in brackets arXiv "
+        f"2506.05233, table 9. {what}, {config.fit.epochs} epochs at most, the best of {choices} choices of learning "
+        f"rate and weight decay, {len(config.seeds)} seeds."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float]) -> list[float]:
+    return [float(np.mean(values))] if values else []
+
+
+def _percent(ours: Score, theirs: float | None) -> str:
+    shown = f"{100 * ours.mean:.1f} ± {100 * ours.half:.1f}"
+    return shown if theirs is None else f"{shown} ({theirs:.1f})"
+
+
+if __name__ == "__main__":
+    cli.run_preset(main, PRESETS, default="smoke")

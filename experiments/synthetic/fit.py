@@ -1,0 +1,143 @@
+"""Trains a small model on all examples of a task, many times over, and tests it after every time."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.mesh import compiler_options
+from experiments.synthetic.examples import IGNORED, Examples
+from mesanet_jax.sharding import batch_sharding, parameter_shardings
+from mesanet_jax.train import OptimizerConfig, make_optimizer
+
+GOOD_ENOUGH = 0.999  # score that ends training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How long and how fast a model learns.
+
+    Attributes:
+      epochs: times that every example is seen.
+      batch_size: examples per step.
+      peak_lr: learning rate after warm-up.
+      weight_decay: decay of matrices.
+      warmup_steps: steps of linear warm-up, at most a tenth of all.
+      final_lr: learning rate at the end.
+      b2: decay of the second moment.
+      seed: of parameters and order.
+    """
+
+    epochs: int = 200
+    batch_size: int = 32
+    peak_lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 750
+    final_lr: float = 1e-5
+    b2: float = 0.98
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.epochs, self.batch_size) < 1:
+            raise ValueError(f"FitConfig: epochs={self.epochs} and batch_size={self.batch_size} must be at least 1.")
+        if min(self.peak_lr, self.final_lr) <= 0 or not 0 <= self.seed < 2**32:
+            raise ValueError("FitConfig: peak_lr and final_lr must be positive, seed between 0 and 2**32 - 1.")
+
+
+class Fitted(NamedTuple):
+    """What came of it."""
+
+    predictions: np.ndarray  # [n, t] int32, the most likely ids of the last test
+    num_epochs: int
+    loss: float  # nats per target, over the last epoch
+    seconds: float
+
+
+def fit(
+    apply: Callable[..., jax.Array],
+    boxed: Callable[[jax.Array], dict],
+    train: Examples,
+    test: Examples,
+    accuracy: Callable[[np.ndarray], float],
+    config: FitConfig,
+    mesh: jax.sharding.Mesh,
+) -> Fitted:
+    """Trains on every example once an epoch, in an order drawn from the seed, until the test is as good as perfect.
+
+    Args:
+      apply: (parameters, inputs [b, t]) to logits [b, t, y].
+      boxed: key to parameters with their logical axes.
+      train, test: the examples; a batch that is not full is left out of training.
+      accuracy: of the most likely ids [n, t] at the positions of the test, 1 at most.
+      config: the fit.
+      mesh: devices that share every batch.
+    """
+    begin, steps = time.perf_counter(), max(1, len(train.inputs) // config.batch_size)
+    optimizer = _optimizer(config, steps * config.epochs)
+    rng, done, loss, predictions = np.random.default_rng(config.seed), 0, math.nan, None
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(boxed, jax.random.key(config.seed))
+        init = jax.jit(lambda key: nn.unbox(boxed(key)), out_shardings=parameter_shardings(params, mesh))
+        params = init(jax.random.key(config.seed))
+        state = params, jax.jit(optimizer.init)(params)
+        epoch = jax.jit(partial(_epoch, apply, optimizer), donate_argnums=0, compiler_options=compiler_options())
+        predict = jax.jit(partial(_predict, apply), compiler_options=compiler_options())
+        tested = _batches(test.inputs, np.arange(len(test.inputs)), config.batch_size, mesh)
+        while done < config.epochs and (predictions is None or accuracy(predictions) < GOOD_ENOUGH):
+            order = rng.permutation(len(train.inputs))[: steps * config.batch_size]
+            state, loss = epoch(state, *(_batches(x, order, config.batch_size, mesh) for x in train))
+            predictions = np.asarray(predict(state[0], tested)).reshape(-1, test.inputs.shape[1])[: len(test.inputs)]
+            done += 1
+    assert predictions is not None
+    return Fitted(predictions, done, float(loss), time.perf_counter() - begin)
+
+
+def _optimizer(config: FitConfig, num_steps: int) -> optax.GradientTransformation:
+    schedule = OptimizerConfig(
+        peak_lr=config.peak_lr,
+        start_lr=min(1e-7, config.peak_lr),
+        final_fraction=min(1.0, config.final_lr / config.peak_lr),
+        warmup_steps=min(config.warmup_steps, num_steps // 10),
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+    )
+    return make_optimizer(schedule, num_steps)
+
+
+def _batches(x: np.ndarray, order: np.ndarray, size: int, mesh: jax.sharding.Mesh) -> jax.Array:
+    """Rows in an order as [steps, b, t] on the devices, the last batch filled up with row 0."""
+    order = np.concatenate([order, np.zeros(-len(order) % size, order.dtype)])
+    return jax.device_put(x[order].reshape(-1, size, x.shape[1]), batch_sharding(mesh, 1))
+
+
+def _epoch(apply, optimizer, state, inputs: jax.Array, targets: jax.Array):
+    """Returns the state after one step for each batch [steps, b, t], and the mean loss."""
+
+    def step(state, batch):
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(_loss)(params, apply, *batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    state, losses = jax.lax.scan(step, state, (inputs, targets))
+    return state, jnp.mean(losses)
+
+
+def _loss(params, apply, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Nats per target."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(apply(params, inputs), jnp.maximum(targets, 0))
+    asked = targets != IGNORED
+    return jnp.sum(losses, where=asked) / jnp.maximum(jnp.sum(asked), 1)
+
+
+def _predict(apply, params, inputs: jax.Array) -> jax.Array:
+    """[steps, b, t] -> the most likely ids [steps, b, t]."""
+    return jax.lax.map(lambda x: jnp.argmax(apply(params, x), axis=-1).astype(jnp.int32), inputs)

@@ -1,0 +1,76 @@
+"""What sweeps over mixers share: names of hybrids, the devices, and one fit of one model."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.cli import UserError
+from experiments.mesh import MeshConfig, make_mesh
+from experiments.synthetic.autoencoder import AutoEncoder
+from experiments.synthetic.examples import Examples
+from experiments.synthetic.fit import FitConfig, Fitted, fit
+from mesanet_jax import MesaNet, MesaNetConfig
+from mesanet_jax.mixers import MIXERS
+
+# as in the tables of arXiv 2506.05233
+ALL_MIXERS = ("mesa", "hawk+mesa", "gated_deltanet", "deltanet", "gla", "mlstm", "mamba2", "hawk", "attention")
+
+
+def check_mixers(config_name: str, mixers: Sequence[str], depths: Sequence[int]) -> None:
+    """Raises ValueError, which names it, for a mixer that is unknown or a hybrid that fills none of the depths."""
+    for name in mixers:
+        unknown = [part for part in name.split("+") if part not in MIXERS]
+        if unknown:
+            raise ValueError(
+                f"{config_name}: mixers: {unknown[0]!r} is unknown; use {', '.join(MIXERS)}, or several joined by +."
+            )
+        if not any(fills(name, depth) for depth in depths):
+            raise ValueError(
+                f"{config_name}: mixers: {name} does not fill {' or '.join(map(str, depths))} layers evenly; take a "
+                f"multiple of {len(name.split('+'))}."
+            )
+
+
+def fills(mixer: str, depth: int) -> bool:
+    """True if repeating the layers of a hybrid comes to so many."""
+    return depth % len(mixer.split("+")) == 0
+
+
+def mesh_for(config: MeshConfig, batch_size: int) -> jax.sharding.Mesh:
+    """Returns the mesh, over which batches can be shared.
+
+    Raises:
+      UserError: they cannot, or there are other devices.
+    """
+    mesh = make_mesh(config)
+    rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    if batch_size % rows:
+        raise UserError(f"fit.batch_size: {batch_size} cannot be shared evenly by {rows} devices; take a multiple.")
+    return mesh
+
+
+def fit_mixer(
+    mixer: str,
+    shape: MesaNetConfig,
+    train: Examples,
+    test: Examples,
+    accuracy: Callable[[np.ndarray], float],
+    config: FitConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    compresses: bool = False,
+) -> Fitted:
+    """Trains and tests a model of these layers; one that compresses says the tokens themselves from its last output."""
+    kind = AutoEncoder if compresses else MesaNet
+    model = kind(dataclasses.replace(shape, pattern=tuple(mixer.split("+")), max_context=train.inputs.shape[1]))
+
+    def apply(params, inputs):
+        found = model.apply(params, inputs)
+        return found if compresses else found[0]  # without the state
+
+    example = jnp.zeros((1, train.inputs.shape[1]), jnp.int32)
+    return fit(apply, lambda key: model.init(key, example), train, test, accuracy, config, mesh)

@@ -32,7 +32,8 @@ class MesaNetConfig:
       window: tokens a sliding_window mixer attends to, the current one included.
       max_context: tokens an attention mixer attends to, and the length of its cache.
       rope_base: base of the rotary position encoding of attention mixers.
-      logit_cap: logits are squashed into (-cap, cap) by cap * tanh(logits / cap).
+      tied_embedding: the read-out uses the embedding's table, and none of its own.
+      logit_cap: logits are squashed into (-cap, cap) by cap * tanh(logits / cap); 0 leaves them as they are.
       norm_eps: epsilon of the RMS norms.
       dtype: type of activations and of what attention and convolutions remember of them; parameters, the matrices of
         mesa layers and the solver are float32.
@@ -58,6 +59,7 @@ class MesaNetConfig:
     window: int = 1024
     max_context: int = 2048
     rope_base: float = 10000.0
+    tied_embedding: bool = True
     logit_cap: float = 30.0
     norm_eps: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -98,8 +100,8 @@ class MesaNetConfig:
                 f"MesaNetConfig: recurrent_dim={self.channels} must be a positive multiple of "
                 f"num_heads={self.num_heads}."
             )
-        if min(self.logit_cap, self.norm_eps, self.rope_base) <= 0:
-            raise ValueError("MesaNetConfig: logit_cap, norm_eps and rope_base must be positive.")
+        if self.logit_cap < 0 or min(self.norm_eps, self.rope_base) <= 0:
+            raise ValueError("MesaNetConfig: logit_cap must not be negative, norm_eps and rope_base must be positive.")
         if not 0 < self.gate_bound <= 1:
             raise ValueError(f"MesaNetConfig: gate_bound={self.gate_bound} must lie in (0, 1]; the paper uses 0.9975.")
         if not 0 <= self.ridge_floor < self.ridge_init:

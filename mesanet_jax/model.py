@@ -1,4 +1,4 @@
-"""The stack: embedding, residual blocks, tied read-out. A hybrid is a pattern, a size is a row of SIZES."""
+"""The stack: embedding, residual blocks, read-out. A hybrid is a pattern, a size is a row of SIZES."""
 
 import flax.linen as nn
 import jax
@@ -78,8 +78,12 @@ class MesaNet(nn.Module):
         states = (None,) * len(c.pattern) if state is None else state
         x, states = stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)
+        if not c.tied_embedding:
+            init = layers.named(layers.fan_in_normal(), ("vocab", "embed"))
+            kernel = layers.Kernel(name="read_out")((c.vocab_size, c.model_dim), init)
+            table = sharding.spread(kernel.astype(c.dtype), tokens.shape)
         logits = sharding.read_out(x, table)
-        return c.logit_cap * jnp.tanh(logits / c.logit_cap), states
+        return (c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits), states
 
 
 def apply_with_report(model: MesaNet, params, tokens: Tokens, state=None, segment_ids: SegmentIds | None = None):

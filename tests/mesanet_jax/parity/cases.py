@@ -12,6 +12,8 @@ from mesanet_jax.mixers import MIXERS
 
 EXPECTED = Path(__file__).parent / "expected"  # what record.py wrote
 LENGTH = 70  # a chunk and a bit
+MODEL = EXPECTED / "fla_model"  # a checkpoint in flash-linear-attention's layout; config.json is written by hand
+TOKENS = np.random.default_rng(1).integers(0, 31, (2, LENGTH))
 CONFIG = MesaNetConfig(
     model_dim=12,
     num_heads=2,

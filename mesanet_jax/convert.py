@@ -306,4 +306,5 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], fol
 def _shapes(config: MesaNetConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of our parameters by name."""
     boxed = jax.eval_shape(MesaNet(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return {name: x.shape for name, x in flax.traverse_util.flatten_dict(nn.unbox(boxed), sep="/").items()}
+    paths = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in paths}

@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mesanet_jax.model import MesaNet
+from mesanet_jax.model import MesaNet, apply_with_report
 from mesanet_jax.shapes import Tokens
-from pallas_kernels import SolverConfig
+from pallas_kernels import SolverConfig, SolveReport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ def generate(
 ) -> Tokens:
     """Continues each prompt by num_tokens tokens.
 
-    Memory does not grow with num_tokens for mesa and sliding-window mixers; an attention mixer gets a cache of exactly
-    the length needed.
+    Memory does not grow with num_tokens unless the pattern has full attention, which gets a cache of exactly the length
+    needed.
 
     Args:
       model, params: the model and its parameters.
@@ -56,7 +56,8 @@ def generate(
       num_tokens: tokens to draw, at least 1.
       key: PRNG key; the same key gives the same text.
       sampling: how tokens are drawn.
-      solver: solver settings while generating; None keeps the model's.
+      solver: solver settings while generating, its max_steps the budget of a token in every layer and head; None keeps
+        the model's.
       stop_token: once drawn, the rest of that row is filled with it.
 
     Returns:
@@ -64,6 +65,27 @@ def generate(
 
     Raises:
       ValueError: num_tokens is below 1, or the prompt is empty or not [b, t].
+    """
+    choices = {"sampling": sampling, "solver": solver, "stop_token": stop_token}
+    return generate_with_report(model, params, prompt, num_tokens=num_tokens, key=key, **choices)[0]
+
+
+def generate_with_report(
+    model: MesaNet,
+    params,
+    prompt: Tokens,
+    *,
+    num_tokens: int,
+    key: jax.Array,
+    sampling: SamplingConfig = SamplingConfig(),
+    solver: SolverConfig | None = None,
+    stop_token: int | None = None,
+) -> tuple[Tokens, SolveReport | None]:
+    """Generates, and says what it took; arguments are those of `generate`.
+
+    Returns:
+      (tokens [b, num_tokens], SolveReport of arrays [l, b, num_tokens, h]: of the solves that each was predicted
+      from, or None if the model has no mesa layer).
     """
     if num_tokens < 1:
         raise ValueError(f"generate: num_tokens={num_tokens} must be at least 1.")
@@ -78,20 +100,25 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def _generate(model: MesaNet, params, prompt, key, num_tokens: int, sampling: SamplingConfig, stop_token: int | None):
     segment_ids = jnp.where(prompt < 0, -1, 0)
-    logits, state = model.apply(params, jnp.maximum(prompt, 0), None, segment_ids)
+    logits, state, report = apply_with_report(model, params, jnp.maximum(prompt, 0), None, segment_ids)
 
     def draw_and_advance(carry, key):
-        logits, state, stopped = carry
+        logits, state, report, stopped = carry
         token = draw(key, logits, sampling)
         if stop_token is not None:
             token = jnp.where(stopped, stop_token, token)
             stopped = token == stop_token
-        logits, state = model.apply(params, token[:, None], state)
-        return (logits[:, -1], state, stopped), token
+        logits, state, new_report = apply_with_report(model, params, token[:, None], state)
+        return (logits[:, -1], state, _of_last(new_report), stopped), (token, report)
 
-    start = (logits[:, -1], state, jnp.zeros(prompt.shape[0], bool))
-    _, tokens = jax.lax.scan(draw_and_advance, start, jax.random.split(key, num_tokens))
-    return tokens.T
+    start = (logits[:, -1], state, _of_last(report), jnp.zeros(prompt.shape[0], bool))
+    _, (tokens, reports) = jax.lax.scan(draw_and_advance, start, jax.random.split(key, num_tokens))
+    return tokens.T, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), reports)
+
+
+def _of_last(report: SolveReport | None) -> SolveReport | None:
+    """The report [l, b, h] of the last token."""
+    return jax.tree.map(lambda x: x[:, :, -1], report)
 
 
 def draw(key: jax.Array, logits: jax.Array, sampling: SamplingConfig) -> jax.Array:

@@ -1,5 +1,7 @@
 """The stack: embedding, residual blocks, read-out. A hybrid is a pattern, a size is a row of SIZES."""
 
+from typing import TypeVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from mesanet_jax.mixers import MIXERS
 from mesanet_jax.shapes import Activations, SegmentIds, Tokens
 from pallas_kernels import SolveReport
 from pallas_kernels.mesa_chunk.contract import check_segment_ids
+
+Watched = TypeVar("Watched")
 
 REMAT_POLICIES = {
     "all_but_solutions": jax.checkpoint_policies.save_only_these_names("mesa_solution"),
@@ -94,12 +98,7 @@ def apply_with_report(model: MesaNet, params, tokens: Tokens, state=None, segmen
       model has no mesa layer).
     """
     (logits, state), watched = model.apply(params, tokens, state, segment_ids, mutable=["intermediates"])
-    reports = _reports(watched)
-    if not reports:
-        return logits, state, None
-    # [periods, b, t, h] for each mesa mixer of the pattern -> [periods, mixers, ...] -> [l, ...]
-    report = jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *reports)
-    return logits, state, report
+    return logits, state, by_layer(watched, SolveReport)
 
 
 def num_parameters(params) -> int:
@@ -123,7 +122,7 @@ def stack(config: MesaNetConfig) -> nn.Module:
         period = nn.remat(Period, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
     return nn.scan(
         period,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "solves": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=config.num_layers // len(config.pattern),
@@ -131,13 +130,17 @@ def stack(config: MesaNetConfig) -> nn.Module:
     )(config, name="layers")
 
 
-def _reports(watched) -> list[SolveReport]:
-    """Finds the reports that mixers left, in the order of the pattern."""
+def by_layer(watched, kind: type[Watched]) -> Watched | None:
+    """Returns what mixers left of this kind, with an axis for layers from the bottom up; None if they left nothing."""
 
-    def is_report(x) -> bool:
-        return isinstance(x, SolveReport)
+    def is_one(x) -> bool:
+        return isinstance(x, kind)
 
-    return [x for x in jax.tree.leaves(watched, is_leaf=is_report) if is_report(x)]
+    found = [x for x in jax.tree.leaves(watched, is_leaf=is_one) if is_one(x)]  # in the order of the pattern
+    if not found:
+        return None
+    # [periods, ...] for each such mixer of the pattern -> [periods, mixers, ...] -> [l, ...]
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *found)
 
 
 def _check(tokens, segment_ids) -> None:

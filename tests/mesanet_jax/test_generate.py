@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mesanet_jax import SIZES, MesaNet, SamplingConfig, SolverConfig, generate
+from mesanet_jax import SIZES, MesaNet, SamplingConfig, SolverConfig, apply_with_report, generate, generate_with_report
 from mesanet_jax.generate import draw
 
 SMALL = dataclasses.replace(
@@ -148,3 +148,36 @@ def test_attention_generates_with_the_context_it_was_given():
 def test_bad_input_ends_in_a_sentence(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_generation_says_what_each_token_took_and_keeps_to_its_budget():
+    model = MesaNet(SMALL)
+    prompt = jax.random.randint(jax.random.key(1), (2, 12), 0, SMALL.vocab_size)
+    params = model.init(jax.random.key(0), prompt)
+    arguments = dict(num_tokens=8, key=jax.random.key(0))
+    tokens, report = generate_with_report(model, params, prompt, **arguments)
+    np.testing.assert_array_equal(tokens, generate(model, params, prompt, **arguments))
+    assert report.num_steps.shape == report.residual.shape == (2, 2, 8, 2)
+    # the same solves, read in one go: token 12 was predicted from the solves at place 11
+    whole = apply_with_report(model, params, jnp.concatenate([prompt, tokens], 1))[2]
+    assert (report.residual <= 1.001 * SMALL.solver.tolerance).all()
+    np.testing.assert_array_equal(report.num_steps[:, :, 0], whole.num_steps[:, :, 11])
+    budget = SolverConfig(max_steps=2, tolerance=0.0)
+    _, kept = generate_with_report(model, params, prompt, **arguments, solver=budget)
+    assert (kept.num_steps <= 2).all() and (kept.residual.max() > report.residual.max())
+
+
+def test_a_model_that_solves_nothing_reports_nothing():
+    model = MesaNet(dataclasses.replace(SMALL, pattern=("gla",)))
+    prompt = jnp.zeros((1, 3), jnp.int32)
+    params = model.init(jax.random.key(0), prompt)
+    assert generate_with_report(model, params, prompt, num_tokens=2, key=jax.random.key(0))[1] is None
+
+
+def test_state_belongs_to_a_sequence_and_weights_to_nobody(setup):
+    model, params, prompt = setup
+    before = jax.tree.map(lambda x: np.array(x).tobytes(), params)
+    texts = generate(model, params, prompt, num_tokens=8, key=jax.random.key(0), sampling=GREEDY)
+    alone = [generate(model, params, row[None], num_tokens=8, key=jax.random.key(0), sampling=GREEDY) for row in prompt]
+    np.testing.assert_array_equal(texts, jnp.concatenate(alone))  # whatever stands in the other rows of a batch
+    assert jax.tree.map(lambda x: np.array(x).tobytes(), params) == before

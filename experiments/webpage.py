@@ -198,6 +198,12 @@ def escaped(value: object) -> Markup:
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
 
+def tint(color: str, share: float) -> Markup:
+    """A style attribute: a background that leaves the ink readable on light and on dark paper, full at a share of 1."""
+    strength = round(100 * 0.45 * min(share, 1.0))
+    return Markup(f' style="background:color-mix(in srgb, {color} {strength}%, transparent)"' if strength else "")
+
+
 def _block(block: Block) -> str:
     heading = f'<h2 id="{anchor(block.heading)}">{escaped(block.heading)}</h2>\n'
     if isinstance(block, Drawing):

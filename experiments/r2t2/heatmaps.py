@@ -7,7 +7,7 @@ import numpy as np
 from experiments.r2t2.figures import BROKEN, FIXED
 from experiments.r2t2.results import Results
 from experiments.r2t2.summary import percent, points
-from experiments.webpage import Markup, escaped
+from experiments.webpage import Markup, escaped, tint
 
 STYLE = """
 .heat { border-collapse: separate; border-spacing: 2px; }
@@ -71,7 +71,7 @@ def _transition(kind: str, counts: np.ndarray, experts: Sequence[str]) -> Markup
     body = []
     for i, (name, line) in enumerate(zip(experts, counts.tolist(), strict=True)):
         cells = "".join(
-            f'<td class="{"same" if i == j else "empty" if n == 0 else "count"}"{_tint(color, n / most)}>{n:,}</td>'
+            f'<td class="{"same" if i == j else "empty" if n == 0 else "count"}"{tint(color, n / most)}>{n:,}</td>'
             for j, n in enumerate(line)
         )
         body.append(f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>')
@@ -92,15 +92,9 @@ def _change(cell: tuple[float, float, int], spread: float, *, whole: bool) -> st
     if not count:
         return '<td class="empty">–</td>'
     change = after - before
-    tint = _tint(FIXED if change > 0 else BROKEN, abs(change) / spread)
+    style = tint(FIXED if change > 0 else BROKEN, abs(change) / spread)
     place = ' class="whole"' if whole else ""
-    return f"<td{place}{tint}>{points(change)}<small>{percent(before)}, {count:,}</small></td>"
-
-
-def _tint(color: str, share: float) -> str:
-    """A background that leaves the ink readable on light and on dark paper."""
-    strength = round(100 * 0.45 * min(share, 1.0))
-    return f' style="background:color-mix(in srgb, {color} {strength}%, transparent)"' if strength else ""
+    return f"<td{place}{style}>{points(change)}<small>{percent(before)}, {count:,}</small></td>"
 
 
 def _heat(label: str, caption: str, corner: str, header: Sequence[str], body: Sequence[str]) -> Markup:

@@ -12,18 +12,16 @@ import pytest
 import tokenizers
 
 from experiments import cli
-from experiments.checkpoints import Checkpoints
 from experiments.curves import solver
 from experiments.curves.bands import Bands, Grid
 from experiments.curves.figures import Point
 from experiments.curves.scores import load, score
-from experiments.data import DataConfig, held_out_documents
+from experiments.data import held_out_documents
 from experiments.mesanet.curves import CurvesConfig, main
-from experiments.runs import RunConfig, create_run, open_run
-from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig
-from mesanet_jax.train import init_train_state, make_optimizer
+from experiments.runs import open_run
+from mesanet_jax import SolverConfig
+from tests.experiments.fresh_runs import fresh_run
 
-MODEL = MesaNetConfig(vocab_size=300, num_layers=1, model_dim=16, num_heads=2, key_dim=8, value_dim=8, max_context=16)
 QUICK = [
     "--bands",
     "100",
@@ -38,17 +36,6 @@ QUICK = [
     "4",
 ]
 FIGURES = ["loss", "solver-mesa", "compute-mesa"]
-
-
-def fresh_run(folder, corpus, pattern, tokenizer=""):
-    """A run whose checkpoint holds initial parameters: nothing here needs a good model."""
-    data = DataConfig(source=(str(corpus),), held_out=0.4, length=16, batch_size=2, tokenizer=tokenizer)
-    config = RunConfig(output=folder, model=dataclasses.replace(MODEL, pattern=(pattern,)), data=data)
-    create_run(config, text=0)
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(1, init_train_state(jax.random.key(0), MesaNet(config.model), optimizer))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from pathlib import Path
 import jax
 
 from experiments import cli
-from experiments.bench import contract, growth, router, saving, search, solver, torture
+from experiments.bench import contract, growth, mixers, router, saving, search, solver, torture
 from pallas_kernels.mesa_chunk.cases import EASY, HARD, STUDY
 from pallas_kernels.router_descent.cases import BENCHMARK
 
-PARTS = ("mesa", "solver", "router", "search", "saving")
+PARTS = ("mesa", "solver", "mixers", "router", "search", "saving")
 TIMED = ("silu, 0.8-0.99", "low_rank, 0.95-1", "low_rank, 1")  # easy, in between and hard, for the shape of 145m
 
 
@@ -35,13 +35,13 @@ class BenchConfig:
 
     Attributes:
       output: folder for bench.json and bench.md.
-      parts: "mesa" (solver layer), "solver" (its steps and work by preconditioner), "router" (descent on routings),
-        "search" (nearest neighbours), "saving" (checkpoints of a training).
+      parts: "mesa" (solver layer), "solver" (its steps and work by preconditioner), "mixers" (layers of every kind),
+        "router" (descent on routings), "search" (nearest neighbours), "saving" (checkpoints of a training).
       dims: head sizes.
       length: tokens of a sequence.
       num_heads: heads; the CPU devices share them evenly.
       num_devices: CPU devices, one per core.
-      rounds: turns that every contestant takes; a third of them in parts "solver" and "saving".
+      rounds: turns that every contestant takes; a third of them in parts "solver", "mixers" and "saving".
       num_adversaries: heads at the edge of what may be asked, of which none may give a number that is not finite.
       memory_lengths: lengths whose peak memory is asked for.
       contexts: contexts after which decoding is timed.
@@ -84,6 +84,7 @@ def main(config: BenchConfig) -> None:
     measures = {
         "mesa": measure_mesa,
         "solver": measure_solver,
+        "mixers": measure_mixers,
         "router": measure_router,
         "search": measure_search,
         "saving": measure_saving,
@@ -164,6 +165,12 @@ def measure_solver(config: BenchConfig) -> tuple[dict, list[str]]:
         "solver_not_finite": not_finite,
     }
     return numbers, solver.lines(rows, times, not_finite)
+
+
+def measure_mixers(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about the mixers of mesanet_jax."""
+    rows = mixers.compare(config.length, -(-config.rounds // 3))
+    return {"mixers": [row._asdict() for row in rows]}, mixers.lines(rows, config.length)
 
 
 def measure_router(config: BenchConfig) -> tuple[dict, list[str]]:

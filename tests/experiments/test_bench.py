@@ -5,10 +5,12 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.bench import contract, saving, search
+from experiments.bench import contract, mixers, saving, search
 from experiments.bench.__main__ import BenchConfig, main
 from experiments.bench.clock import Timing, ratio, take_turns
 from experiments.cli import UserError
+from mesanet_jax import MesaNetConfig
+from mesanet_jax.mixers import MIXERS
 
 
 def test_contestants_take_turns_and_the_first_call_is_not_counted():
@@ -70,3 +72,15 @@ def test_the_cost_of_saving_is_that_of_a_checkpoint_among_steps(tmp_path):
     parameters_and_two_moments = 3 * 4 * 473_000 / 1e9  # in float32
     assert stall.gigabytes == pytest.approx(parameters_and_two_moments, rel=0.02)
     assert "a minute of the tiny model" in saving.lines(stall)[0]
+
+
+def test_every_mixer_is_timed_beside_attention_and_none_that_decodes_something_else(monkeypatch):
+    shape = MesaNetConfig(model_dim=16, num_heads=2, key_dim=8, value_dim=8)
+    monkeypatch.setattr(mixers, "MIXERS", {name: MIXERS[name] for name in ("gla", "attention")})
+    rows = mixers.compare(32, rounds=2, shape=shape)
+    assert [row.mixer for row in rows] == ["gla", "attention"]
+    assert rows[1].training[0] == rows[1].decoding[0] == 1 and rows[0].training[0] > 0
+    assert mixers.lines(rows, 32)[-1].startswith("| attention | 1.00 (1.00 to 1.00) |")
+    monkeypatch.setattr(mixers._Layer, "decode", lambda self: self._apply(self._params, self._x[:, -1:], None)[0])
+    with pytest.raises(UserError, match=r"gla decodes what is \d.\de.* off its sequence; nothing is timed before"):
+        mixers.compare(32, rounds=2, shape=shape)

@@ -1,0 +1,93 @@
+"""Every mixer as one layer of the 145m model: tokens per second in training and decoding, beside attention's."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.bench.clock import Timing, ratio, take_turns
+from experiments.cli import UserError
+from mesanet_jax import SIZES, MesaNetConfig
+from mesanet_jax.mixers import MIXERS
+
+YARDSTICK = "attention"
+ROWS = 8  # sequences that are decoded together
+ALIKE = 1e-3  # decoding against the sequence read at once, relative; float32
+
+
+class Row(NamedTuple):
+    """Tokens per second over those of attention, with quartiles."""
+
+    mixer: str
+    training: tuple[float, float, float]
+    decoding: tuple[float, float, float]
+
+
+def compare(length: int, rounds: int, shape: MesaNetConfig | None = None) -> list[Row]:
+    """Measures all mixers on the same inputs, by turns.
+
+    Args:
+      length: tokens of a sequence that is trained on, and of the context that decoding goes on with.
+      rounds: turns.
+      shape: sizes; None takes those of 145m, in float32.
+
+    Raises:
+      UserError: a mixer does not decode what it computes in one go; nothing is timed then.
+    """
+    shape = dataclasses.replace(shape or SIZES["145m"], dtype="float32", max_context=length, window=length // 2)
+    layers = {name: _Layer(name, shape, length) for name in MIXERS}
+    for layer in layers.values():
+        layer.check()
+    training = take_turns({name: layer.train for name, layer in layers.items()}, rounds)
+    decoding = take_turns({name: layer.decode for name, layer in layers.items()}, 4 * rounds)
+    return [Row(name, _faster(training, name), _faster(decoding, name)) for name in layers]
+
+
+def lines(rows: list[Row], length: int) -> list[str]:
+    """Returns a table."""
+    found = [
+        f"One layer of the 145m model, tokens per second over those of attention: training on {length:,} tokens, "
+        f"forward and backward; decoding {ROWS} sequences after as many. Quartiles in brackets.",
+        "",
+        "| mixer | training | decoding |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        shown = (f"{best:.2f} ({low:.2f} to {high:.2f})" for best, low, high in (row.training, row.decoding))
+        found.append(f"| {row.mixer} | {' | '.join(shown)} |")
+    return found
+
+
+class _Layer:
+    """A mixer, its parameters and what it is applied to."""
+
+    def __init__(self, name: str, shape: MesaNetConfig, length: int):
+        layer, self._name = MIXERS[name](shape), name
+        self._x = jax.random.normal(jax.random.key(0), (ROWS, length, shape.model_dim))
+        self._params = nn.unbox(layer.init(jax.random.key(1), self._x[:1, :1], None, None))
+        self._apply = jax.jit(lambda params, x, state: layer.apply(params, x, state, None))
+        self._pull = jax.jit(jax.grad(lambda params, x: layer.apply(params, x, None, None)[0].sum(), argnums=(0, 1)))
+        _, self._state = self._apply(self._params, self._x[:, :-1], None)
+
+    def train(self) -> None:
+        """One sequence forward and backward."""
+        jax.block_until_ready(self._pull(self._params, self._x[:1]))
+
+    def decode(self) -> jax.Array:
+        """One token of every sequence, after all the others."""
+        return jax.block_until_ready(self._apply(self._params, self._x[:, -1:], self._state))[0]
+
+    def check(self) -> None:
+        """Raises UserError if decoding is not what reading the sequence in one go gives."""
+        whole, _ = self._apply(self._params, self._x, None)
+        error = float(jnp.max(jnp.abs(self.decode() - whole[:, -1:])) / jnp.max(jnp.abs(whole[:, -1:])))
+        if not error < ALIKE:
+            raise UserError(
+                f"{self._name} decodes what is {error:.1e} off its sequence; nothing is timed before it agrees."
+            )
+
+
+def _faster(times: dict[str, Timing], name: str) -> tuple[float, float, float]:
+    return ratio(times[YARDSTICK], times[name])

@@ -55,6 +55,7 @@ class FitConfig:
 class Fitted(NamedTuple):
     """What came of it."""
 
+    params: dict
     predictions: np.ndarray  # [n, t] int32, the most likely ids of the last test
     num_epochs: int
     loss: float  # nats per target, over the last epoch
@@ -89,15 +90,31 @@ def fit(
         params = init(jax.random.key(config.seed))
         state = params, jax.jit(optimizer.init)(params)
         epoch = jax.jit(partial(_epoch, apply, optimizer), donate_argnums=0, compiler_options=compiler_options())
-        predict = jax.jit(partial(_predict, apply), compiler_options=compiler_options())
-        tested = _batches(test.inputs, np.arange(len(test.inputs)), config.batch_size, mesh)
+        test_now = predictor(apply, test.inputs, config.batch_size, mesh)
         while done < config.epochs and (predictions is None or accuracy(predictions) < GOOD_ENOUGH):
             order = rng.permutation(len(train.inputs))[: steps * config.batch_size]
             state, loss = epoch(state, *(_batches(x, order, config.batch_size, mesh) for x in train))
-            predictions = np.asarray(predict(state[0], tested)).reshape(-1, test.inputs.shape[1])[: len(test.inputs)]
+            predictions = test_now(state[0])
             done += 1
     assert predictions is not None
-    return Fitted(predictions, done, float(loss), time.perf_counter() - begin)
+    return Fitted(state[0], predictions, done, float(loss), time.perf_counter() - begin)
+
+
+def predictor(
+    apply: Callable[..., jax.Array], inputs: np.ndarray, batch_size: int, mesh: jax.sharding.Mesh
+) -> Callable[[dict], np.ndarray]:
+    """Returns the function from parameters to the most likely ids [n, t] for inputs [n, t]."""
+    batches = _batches(inputs, np.arange(len(inputs)), batch_size, mesh)
+
+    @partial(jax.jit, compiler_options=compiler_options())
+    def predict(params, batches):
+        return jax.lax.map(lambda x: jnp.argmax(apply(params, x), axis=-1).astype(jnp.int32), batches)
+
+    def call(params) -> np.ndarray:
+        with jax.set_mesh(mesh):
+            return np.asarray(predict(params, batches)).reshape(-1, inputs.shape[1])[: len(inputs)]
+
+    return call
 
 
 def _optimizer(config: FitConfig, num_steps: int) -> optax.GradientTransformation:
@@ -136,8 +153,3 @@ def _loss(params, apply, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     losses = optax.softmax_cross_entropy_with_integer_labels(apply(params, inputs), jnp.maximum(targets, 0))
     asked = targets != IGNORED
     return jnp.sum(losses, where=asked) / jnp.maximum(jnp.sum(asked), 1)
-
-
-def _predict(apply, params, inputs: jax.Array) -> jax.Array:
-    """[steps, b, t] -> the most likely ids [steps, b, t]."""
-    return jax.lax.map(lambda x: jnp.argmax(apply(params, x), axis=-1).astype(jnp.int32), inputs)

@@ -53,6 +53,21 @@ def mesh_for(config: MeshConfig, batch_size: int) -> jax.sharding.Mesh:
     return mesh
 
 
+def make_model(mixer: str, shape: MesaNetConfig, max_context: int, *, compresses: bool = False) -> tuple:
+    """Returns a model of these layers and its function from parameters and tokens to logits.
+
+    One that compresses says the tokens themselves from its last output.
+    """
+    kind = AutoEncoder if compresses else MesaNet
+    model = kind(dataclasses.replace(shape, pattern=tuple(mixer.split("+")), max_context=max_context))
+
+    def apply(params, inputs):
+        found = model.apply(params, inputs)
+        return found if compresses else found[0]  # without the state
+
+    return model, apply
+
+
 def fit_mixer(
     mixer: str,
     shape: MesaNetConfig,
@@ -64,13 +79,7 @@ def fit_mixer(
     *,
     compresses: bool = False,
 ) -> Fitted:
-    """Trains and tests a model of these layers; one that compresses says the tokens themselves from its last output."""
-    kind = AutoEncoder if compresses else MesaNet
-    model = kind(dataclasses.replace(shape, pattern=tuple(mixer.split("+")), max_context=train.inputs.shape[1]))
-
-    def apply(params, inputs):
-        found = model.apply(params, inputs)
-        return found if compresses else found[0]  # without the state
-
+    """Trains and tests a model of these layers, see `make_model` and `fit`."""
+    model, apply = make_model(mixer, shape, train.inputs.shape[1], compresses=compresses)
     example = jnp.zeros((1, train.inputs.shape[1]), jnp.int32)
     return fit(apply, lambda key: model.init(key, example), train, test, accuracy, config, mesh)

@@ -26,7 +26,8 @@ class MesaNetConfig:
       recurrent_dim: channels of a hawk mixer, a multiple of num_heads; 0 means 1.25 times model_dim, as in the paper.
       conv_width: taps of the causal convolution, on queries and keys of mixers with a memory, on channels of hawk.
       gate_bound: mesa's largest forget gate at full input strength; keeps H bounded if a token repeats (appendix G.5).
-      forget_bias: initial bias of the forget gate's logit, shared by all heads; the paper does not state its own.
+      forget_bias: initial bias of the forget gate's logit, shared by all heads; the paper does not state its own. Mlstm
+        and hawk begin as their papers say.
       ridge_floor: smallest regularisation; the learned part is added to it.
       ridge_init: regularisation at initialisation.
       window: tokens a sliding_window mixer attends to, the current one included.

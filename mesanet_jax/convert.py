@@ -63,10 +63,12 @@ class _Row(NamedTuple):
 
 
 def read_fla(folder: Path) -> tuple[MesaNetConfig, dict]:
-    """Returns config and parameters, float32, of `MesaNet` with the logits of FLA's model in a folder.
+    """Returns config and parameters, float32, of the `MesaNet` that has the logits of FLA's model in a folder.
+
+    Its systems are solved by as many steps of plain conjugate gradient as FLA's; any other solver may take their place.
 
     Raises:
-    ValueError: the folder holds no such model, one that ours cannot be, or tensors are missing, unknown or of another
+      ValueError: the folder holds no such model, one that ours cannot be, or tensors are missing, unknown or of another
       shape; the message names them.
     """
     config = _read_config(folder)
@@ -85,7 +87,9 @@ def read_fla(folder: Path) -> tuple[MesaNetConfig, dict]:
 
 
 def write_fla(folder: Path, config: MesaNetConfig, params: Mapping) -> None:
-    """Writes a folder that FLA's MesaNetForCausalLM opens, with the same logits.
+    """Writes a folder that FLA's MesaNetForCausalLM opens, with the same logits where its solves are as good as ours.
+
+    It takes solver.max_steps steps of plain conjugate gradient, whatever our solver is.
 
     Args:
       folder: a new one, or an empty one.
@@ -198,6 +202,8 @@ def _read_config(folder: Path) -> MesaNetConfig:
         raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face model.") from None
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is no JSON ({error}); download it again.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no fields; download it again.")
     for field, possible in REQUIRED.items():
         if values.get(field) not in possible:
             raise ValueError(
@@ -222,7 +228,7 @@ def _read_config(folder: Path) -> MesaNetConfig:
         tied_embedding=bool(x["tie_word_embeddings"]),
         logit_cap=0.0,
         norm_eps=x["norm_eps"],
-        solver=SolverConfig(max_steps=x["max_cg_step_training"]),
+        solver=SolverConfig(max_steps=x["max_cg_step_training"], tolerance=0.0, preconditioner="none"),
     )
 
 
@@ -280,7 +286,10 @@ def _check_writable_as_fla(config: MesaNetConfig) -> None:
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     names = [SINGLE]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{folder / INDEX} is no index of tensors; download it again.") from None
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} has no {missing[0]}; convert other formats to safetensors, or download it again.")

@@ -83,7 +83,7 @@ class MesaNet(nn.Module):
         x, states = stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)
         if not c.tied_embedding:
-            init = layers.named(layers.fan_in_normal(), ("vocab", "embed"))
+            init = layers.named(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed"))
             kernel = layers.Kernel(name="read_out")((c.vocab_size, c.model_dim), init)
             table = sharding.spread(kernel.astype(c.dtype), tokens.shape)
         logits = sharding.read_out(x, table)
@@ -136,9 +136,12 @@ def by_layer(watched, kind: type[Watched]) -> Watched | None:
     def is_one(x) -> bool:
         return isinstance(x, kind)
 
-    found = [x for x in jax.tree.leaves(watched, is_leaf=is_one) if is_one(x)]  # in the order of the pattern
-    if not found:
+    leaves = jax.tree_util.tree_leaves_with_path(watched, is_leaf=is_one)
+    # {collection: {"layers": {"mesa_10": ...}}}, whose order is that of words; the pattern's is that of numbers
+    placed = [(int(path[2].key.rpartition("_")[2]), x) for path, x in leaves if is_one(x)]
+    if not placed:
         return None
+    found = [x for _, x in sorted(placed, key=lambda one: one[0])]
     # [periods, ...] for each such mixer of the pattern -> [periods, mixers, ...] -> [l, ...]
     return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *found)
 

@@ -25,61 +25,71 @@ class SolverRange(NamedTuple):
 
 
 def solver_range(reports: Iterable[SolveReport]) -> SolverRange:
-    """Returns the range of reports [l, b, t, h] of `apply_with_report` on held-out text.
+    """Returns the range of reports [l, b, t, h] of `apply_with_report` on held-out text; padding does not count.
 
     Raises:
       ValueError: there are no reports, or too few tokens to say where the last thousandth begins.
     """
     reports = [report for report in reports if report is not None]
-    tokens = sum(report.num_steps.shape[1] * report.num_steps.shape[2] for report in reports)
-    if tokens < 1 / BEYOND:
-        raise ValueError(f"solver_range: {tokens} tokens were solved; give reports of {round(1 / BEYOND)} at least.")
+    steps, residual, solved = _by_head(reports) if reports else (np.zeros((1, 1, 0)),) * 3
+    fewest = int(solved.sum(axis=-1).min())
+    if fewest < 1 / BEYOND:
+        raise ValueError(f"solver_range: {fewest} tokens were solved; give reports of {round(1 / BEYOND)} at least.")
 
-    def edge(field: str) -> np.ndarray:
-        together = [np.moveaxis(np.asarray(getattr(report, field)), 3, 1) for report in reports]  # [l, h, b, t]
-        values = np.concatenate([x.reshape(*x.shape[:2], -1) for x in together], axis=-1)
-        return np.quantile(values, 1 - BEYOND, axis=-1, method="higher")
+    def edge(values: np.ndarray) -> np.ndarray:
+        return np.nanquantile(np.where(solved, values, np.nan), 1 - BEYOND, axis=-1, method="higher")
 
-    return SolverRange(edge("num_steps"), edge("residual"))
+    return SolverRange(edge(steps), edge(residual))
 
 
 def check_solves(expected: SolverRange, report: SolveReport, *, false_alarm: float = 1e-6) -> list[str]:
     """Warns if the solves of a call have left the range of validation; returns what the warnings say.
 
     For each layer and head, a Chernoff bound says how likely so many tokens beyond the range are where 1 % are. Tokens
-    of one text are alike, so alarms are a little more frequent than `false_alarm` says.
+    of one text are alike, so alarms are a little more frequent than `false_alarm` says. Padding does not count.
 
     Args:
       expected: the range.
-      report: arrays [l, b, t, h] of `apply_with_report` or `generate`.
+      report: arrays [l, b, t, h] of `apply_with_report` or `generate_with_report`.
       false_alarm: largest probability of a warning, all layers and heads together, while 1 % of the tokens are beyond.
 
     Raises:
-      ValueError: the report is of a model with other layers or heads.
+      ValueError: the report is of a model with other layers or heads, or with none that solve.
     """
-    layers, rows, length, heads = report.num_steps.shape
-    if expected.num_steps.shape != (layers, heads):
+    shape = None if report is None else (report.num_steps.shape[0], report.num_steps.shape[3])
+    if expected.num_steps.shape != shape:
         raise ValueError(
-            f"check_solves: the report is of {layers} layers of {heads} heads, the range of "
-            f"{expected.num_steps.shape[0]} of {expected.num_steps.shape[1]}; take both from one model."
+            f"check_solves: layers and heads of the report are {shape}, of the range {expected.num_steps.shape}; take "
+            f"both from one model."
         )
-    number, texts = rows * length, []
-    enough = np.log(2 * layers * heads / false_alarm)
-    said = {"num_steps": "took more than {:.0f} steps", "residual": "were left with residuals above {:.1e}"}
-    for field, words in said.items():
-        edge = getattr(expected, field)
+    steps, residual, solved = _by_head([report])
+    number = solved.sum(axis=-1)  # [l, h]
+    enough, texts = np.log(2 * number.size / false_alarm), []
+    for values, edge, words in (
+        (steps, expected.num_steps, "took more than {:.0f} steps"),
+        (residual, expected.residual, "were left with residuals above {:.1e}"),
+    ):
         # what is no number is beyond every range
-        inside = np.asarray(getattr(report, field)) <= edge[:, None, None, :] * ROUNDING
-        beyond = np.sum(~inside, axis=(1, 2))
-        surprise = number * _divergence(beyond / number)
-        for layer, head in np.argwhere(surprise > enough):
+        beyond = np.sum(solved & ~(values <= edge[..., None] * ROUNDING), axis=-1) / np.maximum(number, 1)
+        for layer, head in np.argwhere(number * _divergence(beyond) > enough):
             texts.append(
-                f"mesa layer {layer}, head {head}: {100 * beyond[layer, head] / number:.0f} % of {number} tokens "
+                f"mesa layer {layer}, head {head}: {100 * beyond[layer, head]:.0f} % of {number[layer, head]} tokens "
                 f"{words.format(edge[layer, head])}, 0.1 % did in validation; the text is unlike it."
             )
     for text in texts:
         warnings.warn(text, SolverDriftWarning, stacklevel=2)
     return texts
+
+
+def _by_head(reports: list[SolveReport]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps and residuals [l, h, tokens], and which tokens had anything to solve: padding takes and leaves nothing."""
+
+    def together(field: str) -> np.ndarray:
+        arrays = [np.moveaxis(np.asarray(getattr(report, field)), 3, 1) for report in reports]  # [l, h, b, t]
+        return np.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], axis=-1)
+
+    steps, residual = together("num_steps"), together("residual")
+    return steps, residual, (steps > 0) | (residual != 0)
 
 
 def _divergence(share: np.ndarray) -> np.ndarray:

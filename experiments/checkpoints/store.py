@@ -106,12 +106,12 @@ class Checkpoints:
             self._saver.start(step, state, about)
 
     def check(self) -> None:
-        """Waits for nothing.
+        """Waits for nothing. Several processes, of which one knows before another, find out together at the next save.
 
         Raises:
           UserError: what was to be saved could not be written, as far as is known by now; said once.
         """
-        if "_saver" in vars(self) and self._saver.has_ended():
+        if jax.process_count() == 1 and "_saver" in vars(self) and self._saver.has_ended():
             self.wait()
 
     def wait(self) -> None:

@@ -90,7 +90,7 @@ def main(config: ExplainConfig) -> None:
     if "mesa" not in run.config.model.pattern:
         raise UserError(f"run: {config.run} has no mesa layer; name a run that has one.")
     other = open_run(Path(config.against)) if config.against else None
-    if other is not None and other.config.data.tokenizer != run.config.data.tokenizer:
+    if other is not None and _tokenizer_of(other) != _tokenizer_of(run):
         raise UserError(f"against: {config.against} has another tokenizer than {config.run}; name a run with the same.")
     ids = _ids(config, run)
     beyond = [place for place in config.tokens if not 0 <= place < len(ids)]
@@ -239,6 +239,12 @@ def _visible(word: str) -> str:
 
 def _gained_most(reading: Reading, number: int) -> list[int]:
     return sorted(np.argsort(reading.nll - reading.other, kind="stable")[:number].tolist())
+
+
+def _tokenizer_of(run: Run) -> tuple[int, bytes]:
+    """What tells one tokenizer from another: its first id and its file, of which bytes have none."""
+    file = run.path / "tokenizer.json"
+    return run.tokenizer.bos, file.read_bytes() if file.exists() else b""
 
 
 def _ids(config: ExplainConfig, run: Run) -> np.ndarray:

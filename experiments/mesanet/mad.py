@@ -4,8 +4,8 @@
   python -m experiments.mesanet.mad small    every mixer on every task at its baseline, in short: 2 hours on 2 cores
   python -m experiments.mesanet.mad paper    all difficulties, learning rates and decays: weeks on one GPU
 
-One line of cells.jsonl is one model trained on one setting; the same command goes on where it was. At the end, and with
-whatever is done when it is started again, a table stands in the output's table.md, the paper's figures beside ours.
+One line of cells.jsonl is one model trained on one setting; the same command goes on where it was. At the end a table
+stands in the output's table.md, the paper's figures beside ours.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ import numpy as np
 from experiments import cli
 from experiments.mesh import MeshConfig
 from experiments.synthetic import mad
-from experiments.synthetic.fit import FitConfig
+from experiments.synthetic.fit import Choice, FitConfig
 from experiments.synthetic.mad import Setting, TaskName
-from experiments.synthetic.models import ALL_MIXERS, check_mixers, fit_mixer, mesh_for
+from experiments.synthetic.models import ALL_MIXERS, check_fit, check_mixers, fit_model, mesh_for, shaped
 from experiments.synthetic.scores import Score, Tally, accuracy, grouped, mean, score, tally
 from experiments.synthetic.sweep import opened
 from mesanet_jax import MesaNetConfig
@@ -115,32 +115,45 @@ def cells(config: MadConfig) -> list[dict[str, Any]]:
     ]
 
 
-def result(config: MadConfig, mesh: jax.sharding.Mesh, *, mixer, peak_lr, weight_decay, seed, **setting) -> dict:
+def plan(config: MadConfig, *, mixer, peak_lr, weight_decay, seed, **setting) -> tuple[Setting, MesaNetConfig, Choice]:
+    """Returns what a cell stands for.
+
+    Raises:
+      UserError: it cannot be computed.
+    """
+    difficulty, choice = Setting(**setting), Choice(peak_lr, weight_decay, seed)
+    check_fit(config.fit, choice, difficulty.num_train)
+    return difficulty, shaped(config.model, mixer, difficulty.vocab_size, difficulty.length), choice
+
+
+def result(config: MadConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
     """Trains and tests one cell."""
-    difficulty = Setting(**setting)
-    train, test = mad.draw(difficulty)
+    setting, shape, choice = plan(config, **cell)
+    train, test = mad.draw(setting)
 
     def counts(predictions: np.ndarray) -> Tally:
-        return tally(predictions, test.targets, difficulty.vocab_size)
+        return tally(predictions, test.targets, setting.vocab_size)
 
-    found = fit_mixer(
-        mixer,
-        dataclasses.replace(config.model, vocab_size=difficulty.vocab_size),
+    found = fit_model(
+        shape,
         train,
         test,
         lambda predictions: float(accuracy(counts(predictions))),
-        dataclasses.replace(config.fit, peak_lr=peak_lr, weight_decay=weight_decay, seed=seed),
+        config.fit,
+        choice,
         mesh,
-        compresses=difficulty.task == "compression",
+        compresses=setting.task == "compression",
     )
     return {**score(counts(found.predictions))._asdict(), "epochs": found.num_epochs, "seconds": found.seconds}
 
 
 def main(config: MadConfig) -> None:
     """Computes the cells that are missing and writes the table."""
-    mesh = mesh_for(config.mesh, config.fit.batch_size)
+    mesh, wanted = mesh_for(config.mesh, config.fit.batch_size), cells(config)
+    for cell in wanted:
+        plan(config, **cell)
     with opened(config) as sweep:
-        text = table(config, sweep.compute(cells(config), partial(result, config, mesh)))
+        text = table(config, sweep.compute(wanted, partial(result, config, mesh)))
         (config.output / "table.md").write_text(text)
     print(f"\n{text}\ntable: {config.output / 'table.md'}")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,9 +25,9 @@ from experiments.mesh import MeshConfig
 from experiments.pictures import COLORS, DASHES, INK, MARKERS, STYLE, inline_svg, new_figure, save_figure
 from experiments.synthetic import memory
 from experiments.synthetic.examples import IGNORED
-from experiments.synthetic.fit import FitConfig, fit, predictor
+from experiments.synthetic.fit import Choice, FitConfig, predictor
 from experiments.synthetic.memory import AXES, SHORTEST, VOCAB_SIZE, Asked, TaskName
-from experiments.synthetic.models import check_mixers, make_model, mesh_for
+from experiments.synthetic.models import check_fit, check_mixers, fit_model, make_model, mesh_for, shaped
 from experiments.synthetic.scores import CONFIDENCE, Score, Tally, accuracy, score, tally
 from experiments.synthetic.sweep import opened
 from experiments.webpage import Drawing, Table, page, provenance
@@ -49,6 +48,8 @@ class RecallConfig:
       num_test: sequences of each test.
       model: size of the models.
       fit: how each is trained.
+      peak_lr: learning rate after warm-up.
+      weight_decay: of matrices.
       seeds: of parameters and order; the picture shows the first.
       mesh: how devices share a batch.
     """
@@ -60,10 +61,10 @@ class RecallConfig:
     factors: tuple[int, ...] = (1, 2, 4)
     num_train: int = 12_800
     num_test: int = 320
-    model: MesaNetConfig = MesaNetConfig(
-        vocab_size=VOCAB_SIZE, num_layers=2, model_dim=128, num_heads=4, key_dim=32, value_dim=32
-    )
-    fit: FitConfig = FitConfig(epochs=10, peak_lr=3e-3, warmup_steps=200)
+    model: MesaNetConfig = MesaNetConfig(num_layers=2, model_dim=128, num_heads=4, key_dim=32, value_dim=32)
+    fit: FitConfig = FitConfig(epochs=10, warmup_steps=200)
+    peak_lr: float = 3e-3
+    weight_decay: float = 0.01
     seeds: tuple[int, ...] = (0,)
     mesh: MeshConfig = MeshConfig()
 
@@ -95,7 +96,7 @@ PRESETS = {
             factors=(1, 2),
             num_train=6400,
             model=dataclasses.replace(RecallConfig().model, model_dim=64, num_heads=2, window=8),
-            fit=FitConfig(epochs=6, peak_lr=3e-3, warmup_steps=100),
+            fit=FitConfig(epochs=6, warmup_steps=100),
         ),
     ),
     "small": ("six mixers, up to four times the trained length", RecallConfig()),
@@ -109,31 +110,37 @@ def cells(config: RecallConfig) -> list[dict[str, Any]]:
     return [{"task": task, "mixer": mixer, "seed": seed, "lengths": lengths} for task, mixer, seed in choices]
 
 
-def result(
-    config: RecallConfig, mesh: jax.sharding.Mesh, *, task: TaskName, mixer: str, seed: int, lengths: list[int]
-) -> dict:
+def plan(
+    config: RecallConfig, *, task: TaskName, mixer: str, seed: int, lengths: list[int]
+) -> tuple[MesaNetConfig, Choice]:
+    """Returns what a cell stands for.
+
+    Raises:
+      UserError: it cannot be computed.
+    """
+    del task
+    choice = Choice(config.peak_lr, config.weight_decay, seed)
+    check_fit(config.fit, choice, config.num_train)
+    return shaped(config.model, mixer, VOCAB_SIZE, max(config.length, *lengths)), choice
+
+
+def result(config: RecallConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
     """Trains one model and tests it on all lengths."""
-    c = config
+    c, task = config, cell["task"]
+    shape, choice = plan(config, **cell)
     train, near = (memory.draw(task, c.length, number, seed=i) for i, number in enumerate((c.num_train, c.num_test)))
-    tests = [memory.draw(task, length, c.num_test, seed=1) for length in lengths]
 
     def share(predictions: np.ndarray) -> float:
         return float(accuracy(_as_one(predictions, near)))
 
-    model, apply = make_model(mixer, c.model, max(c.length, *lengths))
-    example = jnp.zeros((1, c.length), jnp.int32)
-    fit_config = dataclasses.replace(c.fit, seed=seed)
-    found = fit(apply, lambda key: model.init(key, example), train.examples, near.examples, share, fit_config, mesh)
+    found = fit_model(shape, train.examples, near.examples, share, c.fit, choice, mesh)
+    _, apply = make_model(shape)
     curves = []
-    for test in tests:
+    for length in cell["lengths"]:
+        test = memory.draw(task, length, c.num_test, seed=1)
         predictions = predictor(apply, test.examples.inputs, c.fit.batch_size, mesh)(found.params)
         curves.append(curve(predictions, test, task))
-    return {
-        "accuracy": share(found.predictions),
-        "epochs": found.num_epochs,
-        "seconds": found.seconds,
-        "curves": curves,
-    }
+    return {"mean": share(found.predictions), "epochs": found.num_epochs, "seconds": found.seconds, "curves": curves}
 
 
 def curve(predictions: np.ndarray, test: Asked, task: TaskName) -> dict[str, Any]:
@@ -160,9 +167,11 @@ def _as_one(predictions: np.ndarray, test: Asked) -> Tally:
 
 def main(config: RecallConfig) -> None:
     """Computes the cells that are missing and writes the page."""
-    mesh = mesh_for(config.mesh, config.fit.batch_size)
+    mesh, wanted = mesh_for(config.mesh, config.fit.batch_size), cells(config)
+    for cell in wanted:
+        plan(config, **cell)
     with opened(config) as sweep:
-        entries = sweep.compute(cells(config), partial(result, config, mesh))
+        entries = sweep.compute(wanted, partial(result, config, mesh))
         blocks: list[Drawing | Table] = []
         for task in config.tasks:
             own = [entry for entry in entries if entry["cell"]["task"] == task]
@@ -231,7 +240,7 @@ def draw_task(config: RecallConfig, task: TaskName, entries: list[dict]) -> Figu
         for panel, factor in zip(panels, sorted(set(config.factors)), strict=True):
             panel.set(title=f"{factor * config.length} tokens", xlabel=AXES[task], ylim=(-0.03, 1.03))
             panel.set_xscale("log", base=2)
-            panel.axvline(config.length, color=INK, linewidth=0.8, linestyle=":")
+            panel.axvline(memory.reach(task, config.length), color=INK, linewidth=0.8, linestyle=":")
             panel.grid(visible=True, axis="y")
         panels[0].set_ylabel("share of answers known")
         panels[-1].legend(fontsize=8)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments import cli
 from experiments.mesh import MeshConfig
 from experiments.synthetic import automata
 from experiments.synthetic.automata import VOCAB_SIZE, AutomataConfig
-from experiments.synthetic.fit import FitConfig
-from experiments.synthetic.models import ALL_MIXERS, check_mixers, fills, fit_mixer, mesh_for
+from experiments.synthetic.fit import Choice, FitConfig
+from experiments.synthetic.models import ALL_MIXERS, check_fit, check_mixers, fills, fit_model, mesh_for, shaped
 from experiments.synthetic.scores import accuracy, grouped, score
 from experiments.synthetic.sweep import opened
 from mesanet_jax import MesaNetConfig
@@ -57,7 +58,7 @@ class RegBenchConfig:
     model_dims: tuple[int, ...] = (64, 128, 256, 512, 1024)
     depths: tuple[int, ...] = (1, 2, 4, 8, 12)
     heads: tuple[int, ...] = (1, 2, 4)
-    model: MesaNetConfig = MesaNetConfig(vocab_size=VOCAB_SIZE)
+    model: MesaNetConfig = MesaNetConfig()
     fit: FitConfig = FitConfig(epochs=50, warmup_steps=25_000, final_lr=2.5e-5, b2=0.99)
     peak_lrs: tuple[float, ...] = (1e-4, 2.5e-4, 1e-3)
     weight_decays: tuple[float, ...] = (0.01, 0.1)
@@ -82,7 +83,7 @@ LITTLE = RegBenchConfig(
     model_dims=(64,),
     depths=(2,),
     heads=(2,),
-    model=MesaNetConfig(vocab_size=VOCAB_SIZE, key_dim=32, value_dim=32),
+    model=MesaNetConfig(key_dim=32, value_dim=32),
     fit=FitConfig(epochs=30, warmup_steps=100, b2=0.99),
     peak_lrs=(3e-3,),
     weight_decays=(0.1,),
@@ -120,29 +121,39 @@ def cells(config: RegBenchConfig) -> list[dict[str, Any]]:
     return [cell for cell in every if fills(cell["mixer"], cell["num_layers"])]
 
 
-def result(
-    config: RegBenchConfig, mesh: jax.sharding.Mesh, *, mixer, num_train, peak_lr, weight_decay, seed, **shape
-) -> dict:
+def plan(
+    config: RegBenchConfig, *, mixer, num_train, peak_lr, weight_decay, seed, **sizes
+) -> tuple[MesaNetConfig, Choice]:
+    """Returns what a cell stands for.
+
+    Raises:
+      UserError: it cannot be computed.
+    """
+    choice = Choice(peak_lr, weight_decay, seed)
+    check_fit(config.fit, choice, num_train)
+    return shaped(config.model, mixer, VOCAB_SIZE, config.automata.length, **sizes), choice
+
+
+def result(config: RegBenchConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
     """Trains and tests one cell."""
-    train, test = automata.draw(config.automata, num_train, config.num_test)
-    found = fit_mixer(
-        mixer,
-        dataclasses.replace(config.model, **shape),
-        train.examples,
-        test.examples,
-        lambda predictions: float(accuracy(automata.tally(predictions, test))),
-        dataclasses.replace(config.fit, peak_lr=peak_lr, weight_decay=weight_decay, seed=seed),
-        mesh,
-    )
+    shape, choice = plan(config, **cell)
+    train, test = automata.draw(config.automata, cell["num_train"], config.num_test)
+
+    def share(predictions: np.ndarray) -> float:
+        return float(accuracy(automata.tally(predictions, test)))
+
+    found = fit_model(shape, train.examples, test.examples, share, config.fit, choice, mesh)
     counts = automata.tally(found.predictions, test)
     return {**score(counts)._asdict(), "epochs": found.num_epochs, "seconds": found.seconds}
 
 
 def main(config: RegBenchConfig) -> None:
     """Computes the cells that are missing and writes the table."""
-    mesh = mesh_for(config.mesh, config.fit.batch_size)
+    mesh, wanted = mesh_for(config.mesh, config.fit.batch_size), cells(config)
+    for cell in wanted:
+        plan(config, **cell)
     with opened(config) as sweep:
-        text = table(config, sweep.compute(cells(config), partial(result, config, mesh)))
+        text = table(config, sweep.compute(wanted, partial(result, config, mesh)))
         (config.output / "table.md").write_text(text)
     print(f"\n{text}\ntable: {config.output / 'table.md'}")
 

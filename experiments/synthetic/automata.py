@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.cli import UserError
 from experiments.synthetic.examples import IGNORED, Examples
 from experiments.synthetic.scores import Tally
 
 NUM_SYMBOLS = 18
 SEPARATOR, PADDING = NUM_SYMBOLS, NUM_SYMBOLS + 1
 VOCAB_SIZE = NUM_SYMBOLS + 2
+PATIENCE = 10_000  # automata in a row whose language is known
 
 Automaton = tuple[dict[int, int], ...]  # for each state, the next one by symbol; the first is the start
 
@@ -43,6 +45,10 @@ class AutomataConfig:
             low, high = getattr(self, field.name)
             if not 1 <= low <= high:
                 raise ValueError(f"AutomataConfig: {field.name}={(low, high)} must be a range of positive numbers.")
+        if self.length < 1:
+            raise ValueError(
+                "AutomataConfig: one string of one symbol asks for nothing; raise strings or string_length."
+            )
         if self.alphabet[1] > NUM_SYMBOLS:
             raise ValueError(f"AutomataConfig: alphabet={self.alphabet} must stay within {NUM_SYMBOLS} symbols.")
         if self.ways_out[1] > min(self.states[0] - 1, self.alphabet[0]):
@@ -103,13 +109,20 @@ def language(automaton: Automaton) -> tuple:
 
 
 def _different(rng: np.random.Generator, config: AutomataConfig) -> Iterator[Automaton]:
-    """Yields automata of different languages without end."""
-    known = set()
-    while True:
+    """Yields automata of different languages.
+
+    Raises:
+      UserError: there are no more.
+    """
+    known, in_vain = set(), 0
+    while in_vain < PATIENCE:
         automaton = _automaton(rng, config)
+        in_vain += 1
         if (spoken := language(automaton)) not in known:
             known.add(spoken)
+            in_vain = 0
             yield automaton
+    raise UserError(f"automata: there seem to be no more than {len(known)} languages like these; widen the ranges.")
 
 
 def _automaton(rng: np.random.Generator, config: AutomataConfig) -> Automaton:

@@ -21,35 +21,55 @@ from mesanet_jax.train import OptimizerConfig, make_optimizer
 GOOD_ENOUGH = 0.999  # score that ends training
 
 
+class Choice(NamedTuple):
+    """What sweeps try."""
+
+    peak_lr: float  # learning rate after warm-up
+    weight_decay: float  # of matrices
+    seed: int  # of parameters and order
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How long and how fast a model learns.
+    """How long and how a model learns.
 
     Attributes:
       epochs: times that every example is seen.
       batch_size: examples per step.
-      peak_lr: learning rate after warm-up.
-      weight_decay: decay of matrices.
       warmup_steps: steps of linear warm-up, at most a tenth of all.
       final_lr: learning rate at the end.
       b2: decay of the second moment.
-      seed: of parameters and order.
     """
 
     epochs: int = 200
     batch_size: int = 32
-    peak_lr: float = 1e-3
-    weight_decay: float = 0.01
     warmup_steps: int = 750
     final_lr: float = 1e-5
     b2: float = 0.98
-    seed: int = 0
 
     def __post_init__(self):
         if min(self.epochs, self.batch_size) < 1:
             raise ValueError(f"FitConfig: epochs={self.epochs} and batch_size={self.batch_size} must be at least 1.")
-        if min(self.peak_lr, self.final_lr) <= 0 or not 0 <= self.seed < 2**32:
-            raise ValueError("FitConfig: peak_lr and final_lr must be positive, seed between 0 and 2**32 - 1.")
+        if self.final_lr <= 0:
+            raise ValueError(f"FitConfig: final_lr={self.final_lr} must be positive.")
+
+    def optimizer(self, choice: Choice, num_steps: int) -> optax.GradientTransformation:
+        """Returns AdamW with warm-up and cosine.
+
+        Raises:
+          ValueError: a number is out of its range.
+        """
+        if not 0 <= choice.seed < 2**32:
+            raise ValueError(f"seed={choice.seed} must lie between 0 and 2**32 - 1.")
+        schedule = OptimizerConfig(
+            peak_lr=choice.peak_lr,
+            start_lr=min(1e-7, abs(choice.peak_lr)),
+            final_fraction=min(1.0, self.final_lr / abs(choice.peak_lr or 1.0)),
+            warmup_steps=min(self.warmup_steps, num_steps // 10),
+            b2=self.b2,
+            weight_decay=choice.weight_decay,
+        )
+        return make_optimizer(schedule, num_steps)
 
 
 class Fitted(NamedTuple):
@@ -69,6 +89,7 @@ def fit(
     test: Examples,
     accuracy: Callable[[np.ndarray], float],
     config: FitConfig,
+    choice: Choice,
     mesh: jax.sharding.Mesh,
 ) -> Fitted:
     """Trains on every example once an epoch, in an order drawn from the seed, until the test is as good as perfect.
@@ -78,16 +99,16 @@ def fit(
       boxed: key to parameters with their logical axes.
       train, test: the examples; a batch that is not full is left out of training.
       accuracy: of the most likely ids [n, t] at the positions of the test, 1 at most.
-      config: the fit.
+      config, choice: the fit.
       mesh: devices that share every batch.
     """
-    begin, steps = time.perf_counter(), max(1, len(train.inputs) // config.batch_size)
-    optimizer = _optimizer(config, steps * config.epochs)
-    rng, done, loss, predictions = np.random.default_rng(config.seed), 0, math.nan, None
+    begin, steps = time.perf_counter(), len(train.inputs) // config.batch_size
+    optimizer = config.optimizer(choice, steps * config.epochs)
+    rng, done, loss, predictions = np.random.default_rng(choice.seed), 0, math.nan, None
     with jax.set_mesh(mesh):
-        params = jax.eval_shape(boxed, jax.random.key(config.seed))
+        params = jax.eval_shape(boxed, jax.random.key(choice.seed))
         init = jax.jit(lambda key: nn.unbox(boxed(key)), out_shardings=parameter_shardings(params, mesh))
-        params = init(jax.random.key(config.seed))
+        params = init(jax.random.key(choice.seed))
         state = params, jax.jit(optimizer.init)(params)
         epoch = jax.jit(partial(_epoch, apply, optimizer), donate_argnums=0, compiler_options=compiler_options())
         test_now = predictor(apply, test.inputs, config.batch_size, mesh)
@@ -115,18 +136,6 @@ def predictor(
             return np.asarray(predict(params, batches)).reshape(-1, inputs.shape[1])[: len(inputs)]
 
     return call
-
-
-def _optimizer(config: FitConfig, num_steps: int) -> optax.GradientTransformation:
-    schedule = OptimizerConfig(
-        peak_lr=config.peak_lr,
-        start_lr=min(1e-7, config.peak_lr),
-        final_fraction=min(1.0, config.final_lr / config.peak_lr),
-        warmup_steps=min(config.warmup_steps, num_steps // 10),
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-    )
-    return make_optimizer(schedule, num_steps)
 
 
 def _batches(x: np.ndarray, order: np.ndarray, size: int, mesh: jax.sharding.Mesh) -> jax.Array:

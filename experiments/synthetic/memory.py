@@ -113,5 +113,10 @@ def _filled(length: int, inputs: np.ndarray, targets: np.ndarray, distance: np.n
     )
 
 
+def reach(task: TaskName, length: int) -> int:
+    """Returns how far the axis goes in sequences of a length."""
+    return (length - 1) // 2 if task == "copying" else length
+
+
 TASKS: dict[TaskName, Callable] = {"recall": _recall, "needles": _needles, "copying": _copying}
 SHORTEST = 2 * (1 + 2 * NEEDLES) + 2

@@ -12,7 +12,7 @@ from experiments.cli import UserError
 from experiments.mesh import MeshConfig, make_mesh
 from experiments.synthetic.autoencoder import AutoEncoder
 from experiments.synthetic.examples import Examples
-from experiments.synthetic.fit import FitConfig, Fitted, fit
+from experiments.synthetic.fit import Choice, FitConfig, Fitted, fit
 from mesanet_jax import MesaNet, MesaNetConfig
 from mesanet_jax.mixers import MIXERS
 
@@ -53,13 +53,42 @@ def mesh_for(config: MeshConfig, batch_size: int) -> jax.sharding.Mesh:
     return mesh
 
 
-def make_model(mixer: str, shape: MesaNetConfig, max_context: int, *, compresses: bool = False) -> tuple:
-    """Returns a model of these layers and its function from parameters and tokens to logits.
+def shaped(shape: MesaNetConfig, mixer: str, vocab_size: int, length: int, **sizes: int) -> MesaNetConfig:
+    """Returns the config of a mixer's model for sequences of so many ids and tokens.
+
+    Raises:
+      UserError: a field is given that mixer and task say, or the sizes do not fit each other.
+    """
+    said = {"pattern": tuple(mixer.split("+")), "vocab_size": vocab_size, "max_context": length, **sizes}
+    for field in said:
+        if getattr(shape, field) != MesaNetConfig.__dataclass_fields__[field].default:
+            raise UserError(f"model.{field}: mixers, task and the sizes to try say it; leave the option out.")
+    try:
+        return dataclasses.replace(shape, **said)
+    except ValueError as error:
+        raise UserError(f"model: of {mixer}, {error}") from None
+
+
+def check_fit(config: FitConfig, choice: Choice, num_train: int) -> None:
+    """Tries what a fit needs before anything is computed.
+
+    Raises:
+      UserError: a number is out of its range, or there is less than a batch to train on.
+    """
+    if num_train < config.batch_size:
+        raise UserError(f"num_train: {num_train} is less than fit.batch_size={config.batch_size}; take more.")
+    try:
+        config.optimizer(choice, num_steps=1)
+    except ValueError as error:
+        raise UserError(f"fit: {error}") from None
+
+
+def make_model(shape: MesaNetConfig, *, compresses: bool = False) -> tuple:
+    """Returns a model and its function from parameters and tokens to logits.
 
     One that compresses says the tokens themselves from its last output.
     """
-    kind = AutoEncoder if compresses else MesaNet
-    model = kind(dataclasses.replace(shape, pattern=tuple(mixer.split("+")), max_context=max_context))
+    model = (AutoEncoder if compresses else MesaNet)(shape)
 
     def apply(params, inputs):
         found = model.apply(params, inputs)
@@ -68,18 +97,18 @@ def make_model(mixer: str, shape: MesaNetConfig, max_context: int, *, compresses
     return model, apply
 
 
-def fit_mixer(
-    mixer: str,
+def fit_model(
     shape: MesaNetConfig,
     train: Examples,
     test: Examples,
     accuracy: Callable[[np.ndarray], float],
     config: FitConfig,
+    choice: Choice,
     mesh: jax.sharding.Mesh,
     *,
     compresses: bool = False,
 ) -> Fitted:
-    """Trains and tests a model of these layers, see `make_model` and `fit`."""
-    model, apply = make_model(mixer, shape, train.inputs.shape[1], compresses=compresses)
+    """Trains and tests a model, see `make_model` and `fit`."""
+    model, apply = make_model(shape, compresses=compresses)
     example = jnp.zeros((1, train.inputs.shape[1]), jnp.int32)
-    return fit(apply, lambda key: model.init(key, example), train, test, accuracy, config, mesh)
+    return fit(apply, lambda key: model.init(key, example), train, test, accuracy, config, choice, mesh)

@@ -13,6 +13,7 @@ from experiments.logbook import append
 from experiments.runs import claimed, flat
 
 CELLS = "cells.jsonl"
+HIDDEN = {".claimed", "sweep.json.draft"}  # what a start leaves that was killed
 
 
 class Sweep:
@@ -57,34 +58,34 @@ def opened(config: Any) -> Iterator[Sweep]:
     folder = config.output
     file, now = folder / "sweep.json", {name: x for name, x in flat(config).items() if _matters(name, x)}
     now = json.loads(json.dumps(now, default=str))
-    if not file.exists() and folder.is_dir() and any(p.name != ".claimed" for p in folder.iterdir()):
+    if not file.exists() and folder.is_dir() and any(p.name not in HIDDEN for p in folder.iterdir()):
         raise UserError(f"output: {folder} is not empty and holds no sweep; give a new folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be made ({error.strerror}); give another folder.") from None
     with claimed(folder):
-        if file.exists():
+        done = _cells(folder / CELLS)
+        if done:
             _check_same(file, now)
-        else:
-            write_durably(file, json.dumps(now, indent=2) + "\n")
-        yield Sweep(folder, _cells(folder / CELLS))
+        write_durably(file, json.dumps(now, indent=2) + "\n")
+        yield Sweep(folder, done)
 
 
 def _matters(name: str, value: Any) -> bool:
-    """Tuples say which cells there are."""
-    return name != "output" and not name.startswith("mesh.") and (not isinstance(value, tuple) or "." in name)
+    """Tuples and switches of the config itself say which cells there are."""
+    return name != "output" and not name.startswith("mesh.") and (not isinstance(value, tuple | bool) or "." in name)
 
 
 def _line(values: Mapping[str, Any]) -> str:
     shown = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in values.items())
-    return "  ".join(f"{name} {value}" for name, value in shown if value is not None)
+    return "  ".join(f"{name} {value}" for name, value in shown if isinstance(value, str | int))
 
 
 def _check_same(file: Path, now: Mapping[str, Any]) -> None:
     try:
-        before = json.loads(file.read_text())
-    except ValueError:
+        before = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"output: {file} is damaged; put it back, or give another --output.") from None
     for field in [*now, *(field for field in before if field not in now)]:
         if before.get(field) != now.get(field):

@@ -1,7 +1,6 @@
 """The page about one text says what the model computed, and shows nothing it cannot stand for."""
 
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from experiments.reliability.launched import write_corpus
 from experiments.runs import open_run
 from tests.experiments.fresh_runs import fresh_run
 from tests.experiments.pages import check_self_contained
+from tests.experiments.vocabularies import words_file
 
 TEXT = "document 3 counts: <0> & é\n\tmore"
 
@@ -87,9 +87,9 @@ def test_nonsense_ends_in_a_sentence(arguments, words, runs, capsys):
 
 
 def test_another_tokenizer_cannot_be_compared(runs, tmp_path, capsys):
-    other = shutil.copytree(runs / "window", tmp_path / "other")
-    config = (other / "config.json").read_text()
-    (other / "config.json").write_text(config.replace('"tokenizer": ""', '"tokenizer": "words.json"'))
+    fresh_run(
+        tmp_path / "words", write_corpus(tmp_path / "corpus"), "mesa", str(words_file(tmp_path / "words.json", 200))
+    )
     with pytest.raises(SystemExit):
-        run(runs / "mesa", "--against", other, "--text", TEXT)
-    assert re.search("other", capsys.readouterr().err)
+        run(runs / "mesa", "--against", tmp_path / "words", "--text", TEXT)
+    assert re.search("against: .*words has another tokenizer than .*mesa; name a run", capsys.readouterr().err)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mesanet_jax import MesaNet, SolverConfig
+from mesanet_jax import MesaNet
 from mesanet_jax.convert import read_fla, write_fla
 from tests import tolerances
 from tests.mesanet_jax.parity.cases import MODEL, TOKENS
@@ -40,8 +40,7 @@ def edit_tensors(folder, change) -> None:
 
 
 def logits(config, params):
-    exact = dataclasses.replace(config, solver=SolverConfig(max_steps=30, tolerance=0.0))
-    return MesaNet(exact).apply(params, jnp.asarray(TOKENS))[0]
+    return MesaNet(config).apply(params, jnp.asarray(TOKENS))[0]
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
@@ -100,6 +99,8 @@ def test_a_width_that_is_not_named_is_the_usual_one(folder):
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json; give the folder of a Hugging Face model"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json holds no fields"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json is no index of tensors"),
         (lambda f: edit(f, model_type="gla"), "model_type='gla' is not what this can read; it must be 'mesa_net'"),
         (lambda f: edit(f, use_output_gate=True), "use_output_gate=True is not what this can read"),
         (lambda f: edit(f, attn={"layers": [1]}), "attn={'layers'.*} is not what this can read"),

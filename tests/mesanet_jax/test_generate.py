@@ -162,6 +162,13 @@ def test_generation_says_what_each_token_took_and_keeps_to_its_budget():
     whole = apply_with_report(model, params, jnp.concatenate([prompt, tokens], 1))[2]
     assert (report.residual <= 1.001 * SMALL.solver.tolerance).all()
     np.testing.assert_array_equal(report.num_steps[:, :, 0], whole.num_steps[:, :, 11])
+    # single tokens are preconditioned otherwise, so their steps differ, but both grow and shrink with the same tokens
+    assert (report.num_steps[:, :, 1:] > 0).all()
+    one_by_one, states = [], apply_with_report(model, params, prompt)[1]
+    for place in range(7):
+        _, states, step = apply_with_report(model, params, tokens[:, place : place + 1], states)
+        one_by_one.append(step.num_steps[:, :, 0])
+    np.testing.assert_array_equal(report.num_steps[:, :, 1:], jnp.stack(one_by_one, axis=2))
     budget = SolverConfig(max_steps=2, tolerance=0.0)
     _, kept = generate_with_report(model, params, prompt, **arguments, solver=budget)
     assert (kept.num_steps <= 2).all() and (kept.residual.max() > report.residual.max())

@@ -11,7 +11,8 @@ import pytest
 
 from mesanet_jax import SIZES, MesaNet, MesaNetConfig, SolverConfig, apply_with_report
 from mesanet_jax.mixers import MIXERS
-from mesanet_jax.model import num_parameters
+from mesanet_jax.model import by_layer, num_parameters
+from pallas_kernels import SolveReport
 from tests import tolerances
 
 SMALL = MesaNetConfig(
@@ -184,6 +185,21 @@ def test_initialisation_follows_the_recipe():
     assert deviation(block["mlp"]["out"]["kernel"]) == pytest.approx((2 / 8 / 768) ** 0.5, rel=0.02)
     ridge = 0.25 + jax.nn.softplus(block["mixer"]["ridge"])
     np.testing.assert_allclose(ridge, 1.0, rtol=1e-6)
+
+
+def test_a_read_out_of_its_own_begins_like_a_tied_one_and_is_used():
+    config = dataclasses.replace(SMALL, vocab_size=4096, tied_embedding=False, logit_cap=0.0)
+    params = nn.unbox(MesaNet(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
+    table = params["params"]["read_out"]["kernel"]
+    assert float(jnp.std(table)) == pytest.approx(32**-0.5, rel=0.02)
+    logits, _ = MesaNet(config).apply(params, jnp.zeros((1, 8), jnp.int32))
+    params["params"]["read_out"]["kernel"] = 100 * table
+    tolerances.assert_near(MesaNet(config).apply(params, jnp.zeros((1, 8), jnp.int32))[0], 100 * logits, 1e-5)
+
+
+def test_layers_are_reported_from_the_bottom_up_however_many_a_pattern_has():
+    places = {"layers": {f"mesa_{n}": SolveReport(jnp.full((1, 1), n), jnp.zeros((1, 1))) for n in range(1, 12)}}
+    assert by_layer({"intermediates": places}, SolveReport).num_steps[:, 0].tolist() == list(range(1, 12))
 
 
 def test_full_input_strength_bounds_the_forget_gate():

@@ -57,6 +57,16 @@ def test_a_head_that_leaves_its_range_is_named(changes, words):
     assert text.endswith("the text is unlike it.")
 
 
+def test_padding_neither_hides_an_alarm_nor_widens_the_range():
+    def padded(report: SolveReport) -> SolveReport:
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 9 * x.shape[2]), (0, 0))), report)
+
+    found = solver_range(padded(made_up(seed)) for seed in range(4))
+    jax.tree.map(np.testing.assert_array_equal, found, RANGE)
+    with pytest.warns(SolverDriftWarning, match=r"% of 2048 tokens took more"):
+        check_solves(RANGE, padded(made_up(7, steps=5)))
+
+
 def test_a_few_tokens_beyond_are_no_alarm_and_a_few_more_are():
     steps = np.full((1, 1, 100, 1), 4)
     for beyond, alarms in ((5, 0), (40, 1)):
@@ -68,8 +78,10 @@ def test_a_few_tokens_beyond_are_no_alarm_and_a_few_more_are():
 
 
 def test_reports_of_another_model_and_too_few_tokens_are_refused():
-    with pytest.raises(ValueError, match="the report is of 2 layers of 3 heads, the range of 1 of 3"):
+    with pytest.raises(ValueError, match=r"heads of the report are \(2, 3\), of the range \(1, 3\); take both"):
         check_solves(jax.tree.map(lambda x: x[:1], RANGE), made_up(0))
+    with pytest.raises(ValueError, match="of the report are None"):
+        check_solves(RANGE, None)
     with pytest.raises(ValueError, match="30 tokens were solved; give reports of 1000 at least"):
         solver_range([made_up(0, rows=1, length=30)])
     with pytest.raises(ValueError, match="0 tokens were solved"):

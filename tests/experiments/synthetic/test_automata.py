@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from experiments.cli import UserError
 from experiments.synthetic import automata
 from experiments.synthetic.automata import PADDING, SEPARATOR, AutomataConfig, draw, language, tally
 from experiments.synthetic.examples import IGNORED
@@ -77,10 +78,10 @@ def test_no_language_comes_twice(monkeypatch):
     few = random_automata(5)
     twice = iter([*few, *few, *few[:2]])
     monkeypatch.setattr(automata, "_automaton", lambda *_: next(twice))
-    stream = automata._different(np.random.default_rng(0), SMALL)
+    monkeypatch.setattr(automata, "PATIENCE", 5)
     found = []
-    with pytest.raises(RuntimeError):  # the pool is empty before a sixth is found
-        for automaton in stream:
+    with pytest.raises(UserError, match="no more than 5 languages like these; widen the ranges"):
+        for automaton in automata._different(np.random.default_rng(0), SMALL):
             found.append(automaton)
     assert len(found) == len({language(a) for a in few})
 

@@ -10,12 +10,12 @@ from experiments import cli
 from experiments.mesanet import mad, regbench
 from experiments.mesh import MeshConfig, make_mesh
 from experiments.synthetic.examples import Examples
-from experiments.synthetic.fit import FitConfig
-from experiments.synthetic.models import fit_mixer
+from experiments.synthetic.fit import Choice, FitConfig
+from experiments.synthetic.models import fit_model
 from mesanet_jax import MesaNetConfig
 
 SHAPE = MesaNetConfig(vocab_size=7, num_layers=1, model_dim=16, num_heads=2, key_dim=8, value_dim=8)
-FIT = FitConfig(epochs=20, batch_size=32, peak_lr=1e-2, warmup_steps=10)
+FIT = FitConfig(epochs=20, batch_size=32, warmup_steps=10)
 QUICK = ["--fit.epochs", "1", "--peak-lrs", "0.003", "--weight-decays", "0.01"]
 NARROW = ["--model.model-dim", "16", "--model.num-heads", "2", "--model.key-dim", "8", "--model.value-dim", "8"]
 
@@ -26,15 +26,15 @@ def examples(number: int, *, shifted: bool) -> Examples:
     return Examples(ids, (np.roll(ids, 1, axis=1) if shifted else ids) + 1)
 
 
-def learn(mixer: str, *, compresses: bool = False, **changes):
+def learn(mixer: str, *, compresses: bool = False, epochs: int = 20, seed: int = 0):
     train, test = (examples(number, shifted=not compresses) for number in (512, 70))
 
     def accuracy(predictions):
         return float(np.mean((predictions == test.targets)[:, 1:]))
 
-    fit = dataclasses.replace(FIT, **changes)
-    mesh = make_mesh(MeshConfig())
-    found = fit_mixer(mixer, SHAPE, train, test, accuracy, fit, mesh, compresses=compresses)
+    shape, choice = dataclasses.replace(SHAPE, pattern=(mixer,)), Choice(1e-2, 0.01, seed)
+    fit = dataclasses.replace(FIT, epochs=epochs)
+    found = fit_model(shape, train, test, accuracy, fit, choice, make_mesh(MeshConfig()), compresses=compresses)
     return found, accuracy(found.predictions)
 
 
@@ -103,7 +103,24 @@ def test_regbench_writes_the_best_choice_of_each_mixer(tmp_path):
         (mad, ["--mixers", "hawk+mesa+gla"], "hawk.mesa.gla does not fill 2 layers evenly; take a multiple of 3"),
         (mad, ["--fit.batch-size", "33"], "fit.batch_size: 33 cannot be shared evenly by 2 devices"),
         (mad, ["--fit.epochs", "0"], "epochs=0 and batch_size=32 must be at least 1"),
-        (mad, ["--tasks"], "tasks"),
+        (mad, ["--tasks", "typing"], "invalid choice.*typing"),
+        (
+            mad,
+            ["--model.num-heads", "6"],
+            "model: of hawk.mesa, .*recurrent_dim=160 must be a positive multiple",
+        ),
+        (mad, ["--model.value-dim", "32"], "model: of attention, .*attention needs an even key_dim"),
+        (
+            mad,
+            ["--model.pattern", "gla"],
+            "model.pattern: mixers, task and the sizes to try say it; leave the",
+        ),
+        (mad, ["--seeds", "-1"], "fit: seed=-1 must lie between 0 and"),
+        (mad, ["--peak-lrs", "0"], "fit: .*peak_lr=0.0 must be positive"),
+        (mad, ["--fit.b2", "2"], r"fit: .*b1 and b2 must lie in \[0, 1\)"),
+        (regbench, ["--model.vocab-size", "18"], "model.vocab_size: mixers, task and the sizes to try say it"),
+        (regbench, ["--num-train", "10"], "num_train: 10 is less than fit.batch_size=32"),
+        (regbench, ["--automata.strings", "1", "1", "--automata.string-length", "1", "1"], "one string of one symbol"),
         (regbench, ["--automata.ways-out", "1", "9"], r"ways_out=\(1, 9\) must be fewer than the fewest states"),
         (regbench, ["--num-test", "0"], "num_train and num_test must be at least 1"),
     ],

@@ -78,6 +78,14 @@ def test_other_settings_are_refused_by_name(tmp_path, fields, words):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_a_sweep_without_a_cell_may_begin_with_other_settings(tmp_path):
+    (tmp_path / "sweep.json.draft").write_text("{")  # of a start that was killed
+    config = Config(output=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compute(config, upto=0)
+    assert compute(dataclasses.replace(config, factor=3))[1] == [0, 1, 2, 3]
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no sweep; give a new folder"):
@@ -85,11 +93,12 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("content", ["{\n{}\n", "[1]\n"])
 @pytest.mark.parametrize("name", ["cells.jsonl", "sweep.json"])
-def test_a_damaged_file_is_named(tmp_path, name):
+def test_a_damaged_file_is_named(tmp_path, name, content):
     config = Config(output=tmp_path)
     compute(config)
-    (tmp_path / name).write_text("{\n{}\n")
+    (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         compute(config)
 

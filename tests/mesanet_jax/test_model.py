@@ -26,10 +26,7 @@ SMALL = MesaNetConfig(
     max_context=64,
     solver=SolverConfig(max_steps=16, tolerance=0.0),
 )
-PATTERNS = {name: (name,) for name in MIXERS} | {
-    "window and mesa": ("sliding_window", "mesa"),
-    "hawk and mesa": ("hawk", "mesa"),
-}
+PATTERNS = {name: (name,) for name in MIXERS} | {"hawk and mesa": ("hawk", "mesa")}
 
 
 def make(pattern: str, **changes):
@@ -222,7 +219,7 @@ def test_logits_are_capped():
 
 
 def test_the_report_has_a_row_per_mesa_layer_and_is_true():
-    model, params, tokens = make("window and mesa", num_layers=4)
+    model, params, tokens = make("hawk and mesa", num_layers=4)
     logits, _, report = apply_with_report(model, params, tokens)
     assert report.num_steps.shape == report.residual.shape == (2, 2, 40, 2)
     np.testing.assert_array_equal(logits, model.apply(params, tokens)[0])

@@ -90,9 +90,10 @@ def test_mad_counts_the_best_choice_of_a_setting_and_the_mean_over_settings():
 
 def test_regbench_writes_the_best_choice_of_each_mixer(tmp_path):
     command = [*QUICK, "--mixers", "gla", "--num-train", "64", "--num-test", "20", "--heads", "1", "2"]
+    command += ["--model-dims", "16", "--model.key-dim", "8", "--model.value-dim", "8"]
     cli.run_preset(regbench.main, regbench.PRESETS, default="small", args=[*command, "--output", str(tmp_path)])
     assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 2
-    pattern = r"\| gla \| \d+\.\d ± \d+\.\d \(width 64, 2 layers, [12] heads, lr 0\.003, wd 0\.01\) \|"
+    pattern = r"\| gla \| \d+\.\d ± \d+\.\d \(width 16, 2 layers, [12] heads, lr 0\.003, wd 0\.01\) \|"
     assert re.search(pattern, (tmp_path / "table.md").read_text())
 
 

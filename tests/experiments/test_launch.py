@@ -271,8 +271,9 @@ def test_interrupting_a_pod_saves_on_all_workers(pod):
     (pod.folder / "hang").touch()
     command, variables = [LAUNCH / "tpu_pod.sh", "run", "tiny"], pod.environment(**POD)
     # a shell cannot take a signal back that it was started to ignore, as everything in the background is
-    heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
-    with subprocess.Popen(command, cwd=ROOT, env=variables, **heeded, stderr=subprocess.PIPE) as process:
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heed, *map(str, command)]
+    with subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, stderr=subprocess.PIPE) as process:
         wait_for(lambda: any(" train tiny" in word for call in pod.calls() for word in call))
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(30) == 130

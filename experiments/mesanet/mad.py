@@ -1,7 +1,7 @@
 """MAD: which ability does which mixer have? Six tasks of tokens (arXiv 2403.17844) as in arXiv 2506.05233, table 9.
 
-  python -m experiments.mesanet.mad smoke    mesa recalls what a window of 4 tokens cannot: 3 minutes on 2 cores
-  python -m experiments.mesanet.mad small    every mixer on every task at its baseline, in short: 2 hours on 2 cores
+  python -m experiments.mesanet.mad smoke    mesa recalls what a window of 4 tokens cannot: 5 minutes on 2 cores
+  python -m experiments.mesanet.mad small    every mixer on every task at its baseline, in short: hours on 2 cores
   python -m experiments.mesanet.mad paper    all difficulties, learning rates and decays: weeks on one GPU
 
 One line of cells.jsonl is one model trained on one setting; the same command goes on where it was. At the end a table

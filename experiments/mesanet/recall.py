@@ -1,6 +1,6 @@
 """How far back does a mixer still know, and beyond the length it was trained on? Recall, needles and copying.
 
-  python -m experiments.mesanet.recall smoke    mesa against a window of 8 tokens: 3 minutes on 2 cores
+  python -m experiments.mesanet.recall smoke    mesa against a window of 8 tokens: minutes on 2 cores
   python -m experiments.mesanet.recall small    six mixers, trained on 128 tokens, tested on up to 512
 
 Every answer stands somewhere in the sequence: the page draws how often it is known by how long ago that was, with

@@ -66,8 +66,7 @@ def generate(
     Raises:
       ValueError: num_tokens is below 1, or the prompt is empty or not [b, t].
     """
-    choices = {"sampling": sampling, "solver": solver, "stop_token": stop_token}
-    return generate_with_report(model, params, prompt, num_tokens=num_tokens, key=key, **choices)[0]
+    return _generate(model, params, prompt, num_tokens, key, sampling, solver, stop_token, watched=False)[0]
 
 
 def generate_with_report(
@@ -87,6 +86,11 @@ def generate_with_report(
       (tokens [b, num_tokens], SolveReport of arrays [l, b, num_tokens, h]: of the solves that each was predicted
       from, or None if the model has no mesa layer).
     """
+    return _generate(model, params, prompt, num_tokens, key, sampling, solver, stop_token, watched=True)
+
+
+def _generate(model: MesaNet, params, prompt, num_tokens: int, key, sampling, solver, stop_token, *, watched: bool):
+    """Checks, and compiles for a cache of the length needed."""
     if num_tokens < 1:
         raise ValueError(f"generate: num_tokens={num_tokens} must be at least 1.")
     if prompt.ndim != 2 or prompt.shape[1] < 1:
@@ -94,13 +98,16 @@ def generate_with_report(
     # parameters do not depend on these two, so the same weights serve; a shorter cache saves memory, not context
     max_context = min(model.config.max_context, prompt.shape[1] + num_tokens)
     config = dataclasses.replace(model.config, solver=solver or model.config.solver, max_context=max_context)
-    return _generate(MesaNet(config), params, prompt, key, num_tokens, sampling, stop_token)
+    return _sample(MesaNet(config), params, prompt, key, num_tokens, sampling, stop_token, watched)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _generate(model: MesaNet, params, prompt, key, num_tokens: int, sampling: SamplingConfig, stop_token: int | None):
-    segment_ids = jnp.where(prompt < 0, -1, 0)
-    logits, state, report = apply_with_report(model, params, jnp.maximum(prompt, 0), None, segment_ids)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+def _sample(model: MesaNet, params, prompt, key, num_tokens: int, sampling, stop_token: int | None, watched: bool):
+    def read(*inputs):
+        # unwatched there are no reports, which would be kept for every token
+        return apply_with_report(model, params, *inputs) if watched else (*model.apply(params, *inputs), None)
+
+    logits, state, report = read(jnp.maximum(prompt, 0), None, jnp.where(prompt < 0, -1, 0))
 
     def draw_and_advance(carry, key):
         logits, state, report, stopped = carry
@@ -108,7 +115,7 @@ def _generate(model: MesaNet, params, prompt, key, num_tokens: int, sampling: Sa
         if stop_token is not None:
             token = jnp.where(stopped, stop_token, token)
             stopped = token == stop_token
-        logits, state, new_report = apply_with_report(model, params, token[:, None], state)
+        logits, state, new_report = read(token[:, None], state)
         return (logits[:, -1], state, _of_last(new_report), stopped), (token, report)
 
     start = (logits[:, -1], state, _of_last(report), jnp.zeros(prompt.shape[0], bool))

@@ -115,78 +115,67 @@ def write_fla(folder: Path, config: MesaNetConfig, params: Mapping) -> None:
 
 def _rows(config: MesaNetConfig) -> list[_Row]:
     """The table of names; "{}" stands for the number of the layer."""
-    c = config
-    block, attention = "params/layers/mesa_0", "model.layers.{}.attn"
-    root = math.sqrt(c.model_dim)
-    heads = (c.num_heads, c.key_dim)
-
-    def same(x):
-        return x
-
-    def projection(name: str, theirs: str) -> _Row:
-        return _Row(
-            f"{block}/mixer/{name}/kernel",
-            f"{attention}.{theirs}.weight",
-            lambda x: x.T.reshape(-1, *heads),
-            lambda x: x.reshape(x.shape[0], -1).T,
-        )
-
-    def convolution(name: str, theirs: str) -> _Row:
-        return _Row(  # FLA's taps end with the current token's
-            f"{block}/mixer/{name}/taps",
-            f"{attention}.{theirs}.weight",
-            lambda x: x[:, 0, ::-1].T.reshape(-1, *heads),
-            lambda x: x.reshape(x.shape[0], -1).T[:, None, ::-1],
-        )
-
-    def matrix(ours: str, theirs: str) -> _Row:
-        return _Row(ours, theirs, lambda x: x.T, lambda x: x.T)
-
-    def vector(ours: str, theirs: str) -> _Row:
-        return _Row(ours, theirs, same, same)
-
-    def scaled(ours: str, theirs: str, factor: float) -> _Row:
-        return _Row(ours, theirs, lambda x: x * np.float32(factor), lambda x: x / np.float32(factor))
-
+    heads, root = (config.num_heads, config.key_dim), math.sqrt(config.model_dim)
+    mixer, attention = "params/layers/mesa_0/mixer", "model.layers.{}.attn"
+    block, layer = "params/layers/mesa_0", "model.layers.{}"
     rows = [
-        scaled("params/embedding/embedding", "model.embeddings.weight", 1 / root),
-        projection("query", "q_proj"),
-        projection("key", "k_proj"),
-        projection("value", "v_proj"),
-        convolution("query_conv", "q_conv1d"),
-        convolution("key_conv", "k_conv1d"),
-        matrix(f"{block}/mixer/forget_gate/kernel", f"{attention}.a_proj.weight"),
-        vector(f"{block}/mixer/forget_gate/bias", f"{attention}.a_proj.bias"),
-        matrix(f"{block}/mixer/input_gate/kernel", f"{attention}.b_proj.weight"),
-        vector(f"{block}/mixer/input_gate/bias", f"{attention}.b_proj.bias"),
+        _scaled("params/embedding/embedding", "model.embeddings.weight", 1 / root),
+        _projection(f"{mixer}/query/kernel", f"{attention}.q_proj.weight", heads),
+        _projection(f"{mixer}/key/kernel", f"{attention}.k_proj.weight", heads),
+        _projection(f"{mixer}/value/kernel", f"{attention}.v_proj.weight", heads),
+        _taps(f"{mixer}/query_conv/taps", f"{attention}.q_conv1d.weight", heads),
+        _taps(f"{mixer}/key_conv/taps", f"{attention}.k_conv1d.weight", heads),
+        _matrix(f"{mixer}/forget_gate/kernel", f"{attention}.a_proj.weight"),
+        _vector(f"{mixer}/forget_gate/bias", f"{attention}.a_proj.bias"),
+        _matrix(f"{mixer}/input_gate/kernel", f"{attention}.b_proj.weight"),
+        _vector(f"{mixer}/input_gate/bias", f"{attention}.b_proj.bias"),
+        _Row(f"{mixer}/ridge", f"{attention}.lambda_params", lambda x: x.reshape(heads), np.ravel),
         _Row(
-            f"{block}/mixer/ridge",
-            f"{attention}.lambda_params",
-            lambda x: x.reshape(heads),
-            lambda x: x.reshape(-1),
-        ),
-        _Row(
-            f"{block}/mixer/out_norm/scale",
+            f"{mixer}/out_norm/scale",
             f"{attention}.o_norm.weight",
             lambda x: np.broadcast_to(x, heads),
             _shared_by_heads,
         ),
         _Row(
-            f"{block}/mixer/out/kernel",
+            f"{mixer}/out/kernel",
             f"{attention}.o_proj.weight",
             lambda x: x.T.reshape(*heads, -1),
             lambda x: x.reshape(-1, x.shape[-1]).T,
         ),
-        vector(f"{block}/mixer_norm/scale", "model.layers.{}.attn_norm.weight"),
-        vector(f"{block}/mlp_norm/scale", "model.layers.{}.mlp_norm.weight"),
-        matrix(f"{block}/mlp/gate/kernel", "model.layers.{}.mlp.gate_proj.weight"),
-        matrix(f"{block}/mlp/up/kernel", "model.layers.{}.mlp.up_proj.weight"),
-        matrix(f"{block}/mlp/out/kernel", "model.layers.{}.mlp.down_proj.weight"),
+        _vector(f"{block}/mixer_norm/scale", f"{layer}.attn_norm.weight"),
+        _vector(f"{block}/mlp_norm/scale", f"{layer}.mlp_norm.weight"),
+        _matrix(f"{block}/mlp/gate/kernel", f"{layer}.mlp.gate_proj.weight"),
+        _matrix(f"{block}/mlp/up/kernel", f"{layer}.mlp.up_proj.weight"),
+        _matrix(f"{block}/mlp/out/kernel", f"{layer}.mlp.down_proj.weight"),
+        # a tied table is smaller than FLA's, so what it reads is made larger
+        _scaled("params/out_norm/scale", "model.norm.weight", root if config.tied_embedding else 1),
     ]
-    if c.tied_embedding:  # the table is smaller than FLA's, so what it reads is made larger
-        return [*rows, scaled("params/out_norm/scale", "model.norm.weight", root)]
-    read_out = vector("params/read_out/kernel", "lm_head.weight")
-    return [*rows, vector("params/out_norm/scale", "model.norm.weight"), read_out]
+    return rows if config.tied_embedding else [*rows, _vector("params/read_out/kernel", "lm_head.weight")]
+
+
+def _vector(ours: str, theirs: str) -> _Row:
+    return _scaled(ours, theirs, 1)
+
+
+def _scaled(ours: str, theirs: str, factor: float) -> _Row:
+    return _Row(ours, theirs, lambda x: x * np.float32(factor), lambda x: x / np.float32(factor))
+
+
+def _matrix(ours: str, theirs: str) -> _Row:
+    return _Row(ours, theirs, np.transpose, np.transpose)
+
+
+def _projection(ours: str, theirs: str, heads: tuple[int, int]) -> _Row:
+    return _Row(ours, theirs, lambda x: x.T.reshape(-1, *heads), lambda x: x.reshape(x.shape[0], -1).T)
+
+
+def _taps(ours: str, theirs: str, heads: tuple[int, int]) -> _Row:
+    """FLA's taps end with the current token's."""
+
+    def load(x: np.ndarray) -> np.ndarray:
+        return x[:, 0, ::-1].T.reshape(-1, *heads)
+
+    return _Row(ours, theirs, load, lambda x: x.reshape(x.shape[0], -1).T[:, None, ::-1])
 
 
 def _shared_by_heads(scale: np.ndarray) -> np.ndarray:

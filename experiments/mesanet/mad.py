@@ -24,7 +24,7 @@ from experiments.synthetic.fit import Choice, FitConfig
 from experiments.synthetic.mad import Setting, TaskName
 from experiments.synthetic.models import ALL_MIXERS, check_fit, check_mixers, fit_model, mesh_for, shaped
 from experiments.synthetic.scores import Score, Tally, accuracy, grouped, mean, score, tally
-from experiments.synthetic.sweep import opened
+from experiments.synthetic.sweep import computed
 from mesanet_jax import MesaNetConfig
 
 # arXiv 2506.05233, table 9, in percent; the columns are COLUMNS
@@ -126,7 +126,7 @@ def plan(config: MadConfig, *, mixer, peak_lr, weight_decay, seed, **setting) ->
     return difficulty, shaped(config.model, mixer, difficulty.vocab_size, difficulty.length), choice
 
 
-def result(config: MadConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
+def result(mesh: jax.sharding.Mesh, config: MadConfig, **cell) -> dict:
     """Trains and tests one cell."""
     setting, shape, choice = plan(config, **cell)
     train, test = mad.draw(setting)
@@ -149,12 +149,9 @@ def result(config: MadConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
 
 def main(config: MadConfig) -> None:
     """Computes the cells that are missing and writes the table."""
-    mesh, wanted = mesh_for(config.mesh, config.fit.batch_size), cells(config)
-    for cell in wanted:
-        plan(config, **cell)
-    with opened(config) as sweep:
-        text = table(config, sweep.compute(wanted, partial(result, config, mesh)))
-        (config.output / "table.md").write_text(text)
+    mesh = mesh_for(config.mesh, config.fit.batch_size)
+    text = table(config, computed(config, cells(config), plan, partial(result, mesh)))
+    (config.output / "table.md").write_text(text)
     print(f"\n{text}\ntable: {config.output / 'table.md'}")
 
 

@@ -29,7 +29,7 @@ from experiments.synthetic.fit import Choice, FitConfig, predictor
 from experiments.synthetic.memory import AXES, SHORTEST, VOCAB_SIZE, Asked, TaskName
 from experiments.synthetic.models import check_fit, check_mixers, fit_model, make_model, mesh_for, shaped
 from experiments.synthetic.scores import CONFIDENCE, Score, Tally, accuracy, score, tally
-from experiments.synthetic.sweep import opened
+from experiments.synthetic.sweep import computed
 from experiments.webpage import Drawing, Table, page, provenance
 from mesanet_jax import MesaNetConfig
 
@@ -124,7 +124,7 @@ def plan(
     return shaped(config.model, mixer, VOCAB_SIZE, max(config.length, *lengths)), choice
 
 
-def result(config: RecallConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
+def result(mesh: jax.sharding.Mesh, config: RecallConfig, **cell) -> dict:
     """Trains one model and tests it on all lengths."""
     c, task = config, cell["task"]
     shape, choice = plan(config, **cell)
@@ -167,25 +167,17 @@ def _as_one(predictions: np.ndarray, test: Asked) -> Tally:
 
 def main(config: RecallConfig) -> None:
     """Computes the cells that are missing and writes the page."""
-    mesh, wanted = mesh_for(config.mesh, config.fit.batch_size), cells(config)
-    for cell in wanted:
-        plan(config, **cell)
-    with opened(config) as sweep:
-        entries = sweep.compute(wanted, partial(result, config, mesh))
-        blocks: list[Drawing | Table] = []
-        for task in config.tasks:
-            own = [entry for entry in entries if entry["cell"]["task"] == task]
-            blocks.append(_drawing(config, task, own))
-            blocks.append(table(config, task, own))
-        facts = provenance(["python", "-m", "experiments.mesanet.recall", *sys.argv[1:]], config.seeds[0])
-        notes = [
-            f"{config.num_train:,} training sequences, {config.fit.epochs} epochs at most, {config.num_test} tests."
-        ]
-        text = page(
-            "What a mixer still knows", "by distance and length", findings(config, entries), blocks, notes, facts
-        )
-        (config.output / "report.html").write_text(text)
-    print("\n" + "\n".join(findings(config, entries)) + f"\n\npage: {config.output / 'report.html'}")
+    mesh = mesh_for(config.mesh, config.fit.batch_size)
+    entries = computed(config, cells(config), plan, partial(result, mesh))
+    said, blocks = findings(config, entries), []
+    for task in config.tasks:
+        own = [entry for entry in entries if entry["cell"]["task"] == task]
+        blocks += [_drawing(config, task, own), table(config, task, own)]
+    notes = [f"{config.num_train:,} training sequences, {config.fit.epochs} epochs at most, {config.num_test} tests."]
+    facts = provenance(["python", "-m", "experiments.mesanet.recall", *sys.argv[1:]], config.seeds[0])
+    text = page("What a mixer still knows", "by distance and length", said, blocks, notes, facts)
+    (config.output / "report.html").write_text(text)
+    print("\n" + "\n".join(said) + f"\n\npage: {config.output / 'report.html'}")
 
 
 def _drawing(config: RecallConfig, task: TaskName, entries: list[dict]) -> Drawing:

@@ -25,7 +25,7 @@ from experiments.synthetic.automata import VOCAB_SIZE, AutomataConfig
 from experiments.synthetic.fit import Choice, FitConfig
 from experiments.synthetic.models import ALL_MIXERS, check_fit, check_mixers, fills, fit_model, mesh_for, shaped
 from experiments.synthetic.scores import accuracy, grouped, score
-from experiments.synthetic.sweep import opened
+from experiments.synthetic.sweep import computed
 from mesanet_jax import MesaNetConfig
 
 
@@ -134,7 +134,7 @@ def plan(
     return shaped(config.model, mixer, VOCAB_SIZE, config.automata.length, **sizes), choice
 
 
-def result(config: RegBenchConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
+def result(mesh: jax.sharding.Mesh, config: RegBenchConfig, **cell) -> dict:
     """Trains and tests one cell."""
     shape, choice = plan(config, **cell)
     train, test = automata.draw(config.automata, cell["num_train"], config.num_test)
@@ -149,12 +149,9 @@ def result(config: RegBenchConfig, mesh: jax.sharding.Mesh, **cell) -> dict:
 
 def main(config: RegBenchConfig) -> None:
     """Computes the cells that are missing and writes the table."""
-    mesh, wanted = mesh_for(config.mesh, config.fit.batch_size), cells(config)
-    for cell in wanted:
-        plan(config, **cell)
-    with opened(config) as sweep:
-        text = table(config, sweep.compute(wanted, partial(result, config, mesh)))
-        (config.output / "table.md").write_text(text)
+    mesh = mesh_for(config.mesh, config.fit.batch_size)
+    text = table(config, computed(config, cells(config), plan, partial(result, mesh)))
+    (config.output / "table.md").write_text(text)
     print(f"\n{text}\ntable: {config.output / 'table.md'}")
 
 

@@ -1,6 +1,7 @@
 """Tables whose cells take minutes each: every cell is computed once, whatever interrupts the computing."""
 
 import contextlib
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +44,24 @@ class Sweep:
                 print(f"{number}/{len(cells)}  {_line(cell)}: {_line(entry | {'cell': None})}", flush=True)
             entries.append(known[_key(cell)])
         return entries
+
+
+def computed(config: Any, cells: Sequence[Mapping[str, Any]], plan: Callable, result: Callable) -> list[dict[str, Any]]:
+    """Returns all cells of a config with their results; every one is planned before the first is computed.
+
+    Args:
+      config: see `opened`.
+      cells: what they are.
+      plan: takes config and a cell's values by name, raises UserError for what cannot be computed.
+      result: the same, returns the result.
+
+    Raises:
+      UserError: see `plan` and `opened`.
+    """
+    for cell in cells:
+        plan(config, **cell)
+    with opened(config) as sweep:
+        return sweep.compute(cells, functools.partial(result, config))
 
 
 @contextlib.contextmanager

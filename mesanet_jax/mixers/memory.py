@@ -42,7 +42,7 @@ class MemoryMixer(nn.Module):
 
     def remember(self, q, k, v, x: Activations, memory, segment_ids: SegmentIds | None) -> tuple[jax.Array, Any]:
         """Returns what the queries read [b, t, h, v], and the memory after the last token."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what it remembers.")
 
     def logit(self, name: str, x: Activations, bias: nn.initializers.Initializer) -> Gates:
         """Returns a number per token and head in float32, a projection of x, that a gate is made of."""

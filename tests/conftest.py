@@ -1,6 +1,7 @@
 """Two CPU devices for everyone, so that whatever is sharded is tested sharded; hypothesis draws the same every time.
 
-The tests spend their time in the compiler, so what was compiled once in a session is not compiled again.
+The tests spend their time in the compiler, so what was compiled once in a session is not compiled again, and nothing is
+optimised for speed but where a test says so, with `pytest.mark.optimized`: rounding depends on it.
 """
 
 import os
@@ -13,6 +14,7 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers: there are as many as cores already
 _cache = tempfile.TemporaryDirectory(prefix="compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name  # of the processes that tests start
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -23,6 +25,12 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """Leaves out what makes programs fast, unless the test is marked."""
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -82,6 +82,7 @@ def test_a_prediction_depends_on_its_past_and_not_on_its_future(setup):
     assert (used[place - 5 : place + 1] > 0).all()
 
 
+@pytest.mark.optimized
 def test_packed_documents_equal_separate_documents_in_value_and_gradient(setup):
     model, params, tokens, _ = setup
     cut = ((11, 29), (29, 11))

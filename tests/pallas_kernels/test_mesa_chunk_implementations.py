@@ -32,6 +32,7 @@ def tolerance(case: str, dtype: str, name: str) -> float:
     return (FADED_GATE if (case, name) == ("forgets_fast", "log_decay") else CHUNKWISE)[dtype]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("dtype", "preconditioner"),

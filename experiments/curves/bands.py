@@ -139,9 +139,13 @@ def reaching(scores: Scores, place: int, axis: str = "tokens") -> Scores:
     """All rows of the documents that have one at `place` or further."""
     furthest = np.zeros(len(scores.names), np.int64)
     np.maximum.at(furthest, scores.document, scores.position if axis == "tokens" else scores.bytes_before)
-    stays = furthest >= place
-    kept = keep(scores, stays[scores.document])
-    return kept._replace(names=scores.names[stays], document=(np.cumsum(stays) - 1)[kept.document].astype(np.int32))
+    return of_documents(scores, furthest >= place)
+
+
+def of_documents(scores: Scores, chosen: np.ndarray) -> Scores:
+    """All rows of the documents of a mask [documents]."""
+    kept = keep(scores, chosen[scores.document])
+    return kept._replace(names=scores.names[chosen], document=(np.cumsum(chosen) - 1)[kept.document].astype(np.int32))
 
 
 def keep(scores: Scores, rows: np.ndarray) -> Scores:

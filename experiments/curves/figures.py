@@ -63,7 +63,7 @@ def draw_curves(
         _draw_documents(axes[-1], curves)
         for ax in axes:
             _log_axis(ax, grid)
-            _mark_trained(ax, trained or {}, grid, named=ax is axes[0])
+            mark_trained(ax, trained or {}, grid, named=ax is axes[0])
         axes[-1].set_xlabel(_axis_label(grid))
         footer(figure, note)
     return figure
@@ -89,7 +89,7 @@ def draw_solver(
         lower.set_ylabel("‖q − (H + Λ)x‖ / ‖q‖")
         for ax in (upper, lower):
             _log_axis(ax, steps.grid)
-            _mark_trained(ax, {} if trained is None else {"": trained}, steps.grid, named=ax is upper)
+            mark_trained(ax, {} if trained is None else {"": trained}, steps.grid, named=ax is upper)
         lower.set_xlabel(_axis_label(steps.grid))
         footer(figure, note)
     return figure
@@ -119,8 +119,8 @@ def draw_compute(
         left.set_xlim(left=-0.3)
         left.set(xlabel="solver steps spent per token and head", ylabel=f"loss, {unit}", title="Loss against compute")
         left.legend(fontsize=8)
-        _draw_fan(right, fan, unit)
-        _mark_trained(right, {} if trained is None else {"": trained}, next(iter(fan.values())).grid, named=True)
+        draw_fan(right, fan, unit)
+        mark_trained(right, {} if trained is None else {"": trained}, next(iter(fan.values())).grid, named=True)
         footer(figure, note)
     return figure
 
@@ -232,8 +232,8 @@ def _draw_points(ax: Axes, label: str, points: Sequence[Point], i: int) -> None:
         ax.annotate(point.label, (steps[j], loss[j]), textcoords="offset points", fontsize=7, rotation=45, **corner)
 
 
-def _draw_fan(ax: Axes, fan: Mapping[str, Curve], unit: str) -> None:
-    """Few steps warm, many cool."""
+def draw_fan(ax: Axes, fan: Mapping[str, Curve], unit: str) -> None:
+    """Extra loss by position, a line per setting: few steps warm, many cool."""
     ax.axhline(0, color=INK, linewidth=1)
     for i, (label, curve) in enumerate(fan.items()):
         ax.plot(centers(curve.grid), curve.mean, color=FAN[i % len(FAN)], linestyle=DASHES[i % 6], label=label)
@@ -259,7 +259,7 @@ def _axis_label(grid: Grid) -> str:
     return "tokens read before the prediction, BOS included" if grid.axis == "tokens" else "bytes of text read"
 
 
-def _mark_trained(ax: Axes, trained: dict[str, float], grid: Grid, *, named: bool) -> None:
+def mark_trained(ax: Axes, trained: dict[str, float], grid: Grid, *, named: bool) -> None:
     """A line at each trained length; beyond the shortest the paper is shaded."""
     inside = {label: x for label, x in trained.items() if x < grid.edges[-1]}
     for i, x in enumerate(sorted(set(inside.values()))):

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +85,7 @@ def sweep(
     loss = curve(own, whole, bands)
     own_point = Point("own setting", own_trace.mean_steps(), *(float(x[0]) for x in (loss.mean, loss.low, loss.high)))
     found = Sweep(own_point, own_trace, {}, {}, {})
-    for way, label, solver in _settings(config.solver, step_budgets, tolerances):
+    for way, label, solver in settings(config.solver, step_budgets, tolerances):
         scores, trace = own, own_trace
         if solver != config.solver:
             changed = dataclasses.replace(config, solver=solver)
@@ -97,6 +97,16 @@ def sweep(
         if way == "tolerance":
             found.traces[solver.tolerance] = trace
     return found
+
+
+def settings(
+    own: SolverConfig, step_budgets: Sequence[int], tolerances: Sequence[float]
+) -> Iterator[tuple[str, str, SolverConfig]]:
+    """Yields (way, label, solver): fixed budgets use every step, tolerances stop early within the run's own budget."""
+    for steps in step_budgets:
+        yield "step budget", f"{steps}", dataclasses.replace(own, max_steps=steps, tolerance=0.0)
+    for tolerance in tolerances:
+        yield "tolerance", f"{tolerance:.0e}".replace("e-0", "e-"), dataclasses.replace(own, tolerance=tolerance)
 
 
 def saving(name: str, found: Sweep, unit: str, *, bearable: float = 0.005) -> str | None:
@@ -143,14 +153,6 @@ def profiles(trace: Trace) -> tuple[Profile, Profile]:
 @lru_cache(maxsize=2)
 def _compiled(config: MesaNetConfig):
     return jax.jit(partial(apply_with_report, MesaNet(config)), compiler_options=compiler_options())
-
-
-def _settings(own: SolverConfig, step_budgets: Sequence[int], tolerances: Sequence[float]):
-    """Yields (way, label, solver): fixed budgets use every step, tolerances stop early within the run's own budget."""
-    for steps in step_budgets:
-        yield "step budget", f"{steps}", dataclasses.replace(own, max_steps=steps, tolerance=0.0)
-    for tolerance in tolerances:
-        yield "tolerance", f"{tolerance:.0e}".replace("e-0", "e-"), dataclasses.replace(own, tolerance=tolerance)
 
 
 def _trace(reports: list, seen: np.ndarray, grid: Grid) -> Trace:

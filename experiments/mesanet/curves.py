@@ -10,29 +10,22 @@ mesa layers, the solver: its steps and residual by position, and the loss under 
 """
 
 import dataclasses
-import os
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import numpy as np
 import tyro
-from tqdm import tqdm
 
 from experiments import cli
 from experiments.cli import UserError
 from experiments.curves import solver
 from experiments.curves.bands import Bands, Grid, log_edges, shared_text
+from experiments.curves.material import Material, Progress, drafted, gather, open_runs, room_in, stretched
 from experiments.curves.page import Results, runs_table, write_page
-from experiments.curves.scores import Scores, Watch, score
-from experiments.data import Document, held_out_documents
+from experiments.curves.scores import Scores, score
 from experiments.mesh import compiler_options
 from experiments.pictures import COLORS
-from experiments.runs import Run, open_run
+from experiments.runs import Run
 from experiments.webpage import Table, provenance
 from mesanet_jax import MesaNet
 
@@ -82,56 +75,22 @@ class CurvesConfig:
             raise ValueError("CurvesConfig: step_budgets must be at least 0, tolerances between 0 and 1.")
 
 
-class Material(NamedTuple):
-    """The same texts for every run, each in the run's own tokens."""
-
-    documents: dict[str, list[Document]]
-    length: int
-    same_tokens: bool
-    notes: list[str]  # what is scored, what is not and why
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line every quarter of a minute."""
-
-    def __init__(self):
-        self._told = time.monotonic()
-
-    def watch(self, label: str) -> Watch:
-        """What to wrap batches in while the thing of that name is worked on."""
-
-        def batches_with_progress(batches: Sequence) -> Iterator:
-            if sys.stderr.isatty():
-                yield from tqdm(batches, desc=label, unit="batch", leave=False, dynamic_ncols=True)
-                return
-            for i, batch in enumerate(batches, start=1):
-                yield batch
-                if time.monotonic() - self._told > 15:
-                    self._told = time.monotonic()
-                    print(f"{label}: {i} of {len(batches)} batches", flush=True)
-
-        return batches_with_progress
-
-
 def main(config: CurvesConfig) -> None:
     """Scores the runs, writes the page, prints one table and what was drawn."""
-    runs = _open(config.runs)
-    material = _material(config, runs)
+    runs = open_runs(config.runs)
+    draw = {"length": config.length, "num_documents": config.num_documents, "seed": config.seed}
+    material = gather(runs, **draw, any_tokens=config.bits_per_byte)
     output = Path(config.output or config.runs[0] / "curves")
     count = len(next(iter(material.documents.values())))
     print(
         f"reads {count:,} held-out documents, up to {material.length:,} tokens each, with {', '.join(runs)}", flush=True
     )
-    with _draft(output) as draft:
+    with drafted(output) as draft:
         results = _measure(config, runs, material)
         facts = provenance(["python", "-m", _command(), *sys.argv[1:]], config.seed)
-        try:
-            write_page(Path(draft), runs, results, Bands(config.bands, seed=config.seed), material.notes, facts)
-        except OSError as error:
-            raise UserError(f"output: {output} has no room ({error.strerror}); what it held is untouched.") from None
-        files = sorted(path.name for path in Path(draft).iterdir())
-        for name in files:
-            os.replace(Path(draft) / name, output / name)
+        with room_in(output):
+            write_page(draft, runs, results, Bands(config.bands, seed=config.seed), material.notes, facts)
+        files = sorted(path.name for path in draft.iterdir())
     _print(runs_table(runs, results))
     print("\n".join(str(output / name) for name in files if name.endswith((".png", ".html"))))
 
@@ -142,72 +101,9 @@ def _command() -> str:
     return spec.name.removesuffix(".__main__") if spec else __name__
 
 
-def _draft(output: Path) -> tempfile.TemporaryDirectory:
-    """A folder inside the output, so that a page replaces an older one only when it is whole."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=output, prefix=".draft-")
-    except OSError as error:
-        raise UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.") from None
-
-
-def _open(paths: Sequence[Path]) -> dict[str, Run]:
-    """Opens the runs under names of their own: the folder's, or the path where two folders share it."""
-    runs = [open_run(path) for path in paths]
-    names = [run.name if sum(run.name == r.name for r in runs) == 1 else str(run.path) for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"runs: {names[0]} is named twice; name different folders.")
-    return dict(zip(names, runs, strict=True))
-
-
-def _material(config: CurvesConfig, runs: dict[str, Run]) -> Material:
-    """Draws the documents and decides how far they are read, before anything is scored."""
-    first = next(iter(runs.values()))
-    every = {name: held_out_documents(first.config.data, run.tokenizer) for name, run in runs.items()}
-    drawn = _draw(config, len(every[next(iter(runs))]))
-    documents = {name: [found[i] for i in drawn] for name, found in every.items()}
-    same = _same_tokens(list(documents.values()))
-    if not same and not config.bits_per_byte:
-        raise UserError("runs: they use different tokenizers; add --bits-per-byte to compare them.")
-    ours = documents[next(iter(runs))]
-    longest = max(len(document.tokens) - 1 for document in ours)
-    if longest < max(config.length, 1):
-        raise UserError(
-            f"length: {config.length} is more than the {longest} tokens of the longest document; ask for less."
-        )
-    length = config.length or min(longest, 2 * max(run.config.data.length for run in runs.values()))
-    beyond_length = sum(max(0, len(document.tokens) - 1 - length) for document in ours)
-    scored = sum(min(len(document.tokens) - 1, length) for document in ours)
-    notes = [
-        f"Scored: {scored:,} tokens of {len(ours):,} held-out documents of "
-        f"{' + '.join(first.config.data.source)}, tokens as "
-        f"{next(iter(runs))} counts them. Not scored: {len(every[next(iter(runs))]) - len(ours):,} held-out documents "
-        f"that were not drawn (num_documents, seed), and {beyond_length:,} tokens that lie beyond position {length:,}."
-    ]
-    others = [name for name, run in runs.items() if _origin(run) != _origin(first)]
-    if others:
-        notes.append(f"Beware: {', '.join(others)} was trained on other data, perhaps on these very documents.")
-    return Material(documents, length, same, notes)
-
-
-def _draw(config: CurvesConfig, available: int) -> list[int]:
-    wanted = min(config.num_documents or available, available)
-    return sorted(np.random.default_rng(config.seed).permutation(available)[:wanted].tolist())
-
-
-def _same_tokens(documents: Sequence[list[Document]]) -> bool:
-    first, *others = documents
-    return all(np.array_equal(a.tokens, b.tokens) for other in others for a, b in zip(first, other, strict=True))
-
-
-def _origin(run: Run) -> tuple:
-    data = run.config.data
-    return data.source, data.subset, data.split, data.held_out
-
-
 def _measure(config: CurvesConfig, runs: dict[str, Run], material: Material) -> Results:
     """Runs the models: whole contexts, then rulers of the first, then the solver."""
-    progress = _Progress()
+    progress = Progress()
     scores = {name: _score(config, name, run, material, progress) for name, run in runs.items()}
     first, run = next(iter(runs.items()))
     contexts = [w for w in config.rulers if w < material.length]
@@ -235,9 +131,9 @@ def _grid(config: CurvesConfig, runs: dict[str, Run], material: Material, scores
 
 
 def _score(
-    config: CurvesConfig, name: str, run: Run, material: Material, progress: _Progress, context: int | None = None
+    config: CurvesConfig, name: str, run: Run, material: Material, progress: Progress, context: int | None = None
 ) -> Scores:
-    model = MesaNet(_stretched(run, material.length))
+    model = MesaNet(stretched(run, material.length))
     apply = jax.jit(lambda params, tokens: model.apply(params, tokens)[0], compiler_options=compiler_options())
     watch = progress.watch(f"{name}, last {context} tokens" if context else name)
     batch_size = config.batch_size * max(1, material.length // context) if context else config.batch_size
@@ -248,11 +144,11 @@ def _score(
         raise UserError(f"runs: {name} cannot be scored, {error}.") from None
 
 
-def _sweep(config: CurvesConfig, name: str, run: Run, material: Material, progress: _Progress) -> solver.Sweep:
+def _sweep(config: CurvesConfig, name: str, run: Run, material: Material, progress: Progress) -> solver.Sweep:
     longest = sorted(material.documents[name], key=lambda document: -len(document.tokens))[: config.sweep_documents]
     edges = log_edges(material.length, per_octave=1, also=(run.config.data.length,))
     return solver.sweep(
-        _stretched(run, material.length),
+        stretched(run, material.length),
         run.params,
         longest,
         Grid(edges, "tokens", "bits per byte" if config.bits_per_byte else "nats per token"),
@@ -262,12 +158,6 @@ def _sweep(config: CurvesConfig, name: str, run: Run, material: Material, progre
         batch_size=min(config.batch_size, len(longest)),
         watch=progress.watch(f"{name}, solver"),
     )
-
-
-def _stretched(run: Run, length: int):
-    """The run's model, with room for attention to look back over the whole length."""
-    model = run.config.model
-    return dataclasses.replace(model, max_context=max(model.max_context, length))
 
 
 def _print(table: Table) -> None:

@@ -243,7 +243,7 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(mesa, page, monkeypat
 def test_a_model_that_has_diverged_is_refused_by_name(mesa, tmp_path, monkeypatch, capsys):
     run = open_run(mesa)
     poisoned = run._replace(params=jax.tree.map(lambda x: x * np.nan, run.params))
-    monkeypatch.setattr("experiments.mesanet.curves.open_run", lambda path: poisoned)
+    monkeypatch.setattr("experiments.curves.material.open_run", lambda path: poisoned)
     with pytest.raises(SystemExit):
         draw(mesa, "--output", tmp_path)
     assert re.search("runs: mesa cannot be scored, .* is not a number", capsys.readouterr().err)

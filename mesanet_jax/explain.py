@@ -1,9 +1,11 @@
-"""What a prediction leans on: the weights with which a mesa layer reads the values of the context."""
+"""What a mesa layer solves: the weights with which it reads the values of the context, and how hard that is."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mesanet_jax.mixers.mesa import SolveInputs
 from mesanet_jax.model import MesaNet, by_layer
@@ -17,6 +19,47 @@ class Explanation(NamedTuple):
     logits: Logits
     report: SolveReport  # arrays [l, b, t, h]
     weights: jax.Array  # [l, b, h, t, s]: o_t is the sum over s of weights[..., t, s] v_s
+
+
+class Systems(NamedTuple):
+    """What makes the systems of each head easy or hard; layers are the mesa layers from the bottom up."""
+
+    log_decay: jax.Array  # [l, b, t, h] logarithm of the forget gate
+    condition: jax.Array  # [l, b, p, h] largest over smallest eigenvalue of H_t + Lambda at the places p
+
+
+def systems(model: MesaNet, params, tokens: Tokens, places: Sequence[int]) -> Systems:
+    """Applies the model to texts that stand alone, and says what their systems are like.
+
+    The number of conjugate-gradient steps to a given residual grows at most with the square root of the condition
+    number. Time and memory grow with the number of places.
+
+    Args:
+      model: what reads.
+      params: its weights.
+      tokens: ids [b, t].
+      places: tokens whose systems are looked at, each in [0, t).
+
+    Raises:
+      ValueError: the model has no mesa layer, or a place is not in the texts.
+    """
+    if not all(0 <= place < tokens.shape[1] for place in places):
+        raise ValueError(f"systems: places={tuple(places)} must lie in [0, {tokens.shape[1]}).")
+    inputs = by_layer(model.apply(params, tokens, mutable=["solves"])[1], SolveInputs)
+    if inputs is None:
+        raise ValueError(f"systems: pattern={model.config.pattern} has no mesa layer; take a model that has one.")
+    at = jnp.asarray(places, jnp.int32)
+    before = np.arange(tokens.shape[1]) <= np.asarray(places)[:, None]  # [p, t]
+
+    def condition(layer: SolveInputs) -> jax.Array:
+        total = jnp.cumsum(layer.log_decay, axis=1)  # [b, t, h]
+        held = jnp.where(before[..., None], total[:, at][:, :, None] - total[:, None], -jnp.inf)  # [b, p, s, h]
+        weights = jnp.exp(held) * layer.beta[:, None]
+        gram = jnp.einsum("bpsh,bshi,bshj->bphij", weights, layer.k, layer.k, precision="highest")
+        values = jnp.linalg.eigvalsh(gram + layer.ridge[..., None] * jnp.eye(gram.shape[-1]))
+        return values[..., -1] / values[..., 0]
+
+    return Systems(inputs.log_decay, jax.lax.map(condition, inputs))
 
 
 def explain(model: MesaNet, params, tokens: Tokens) -> Explanation:

@@ -34,6 +34,7 @@ MODEL = {  # a whole small model, two layers and solves of 16 steps, computed in
     "gradient": 2.4e-4,  # 5.7e-5 seen, of the second moments, whose relative error is twice that of the gradients
     "bfloat16": 3e-2,  # bfloat16 activations against float32: a handful of roundings of 2^-8 add up
 }
+CONDITION = 2e-6  # condition numbers up to 100: eigenvalues in float32
 PARITY = 4.5e-5  # layers in float32 against other people's, token by token in float32; 1.1e-5 seen
 RECURRENCE = {  # chunks against the definition in float64
     "float64": 4.2e-14,

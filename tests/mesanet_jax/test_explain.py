@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig
-from mesanet_jax.explain import explain
+from mesanet_jax.explain import explain, systems
 from tests import oracles, tolerances
 
 CONFIG = MesaNetConfig(
@@ -87,3 +87,30 @@ def test_a_model_without_mesa_layers_has_nothing_to_explain():
     params = model.init(jax.random.key(0), TOKENS)
     with pytest.raises(ValueError, match=r"pattern=\('gla',\) has no mesa layer; take a model that has one"):
         explain(model, params, TOKENS)
+
+
+def test_condition_numbers_are_those_of_the_systems_summed_one_by_one(explained):
+    model, params, _, watched = explained
+    places = (0, 9, 69)
+    found = systems(model, params, TOKENS, places)
+    inputs = watched["solves"]["layers"]["mesa_1"]["mixer"]["inputs"][0]
+    np.testing.assert_allclose(found.log_decay, inputs.log_decay, rtol=1e-6)
+    for layer, batch, head in np.ndindex(2, 2, 2):
+        k, log_decay, beta = (
+            np.asarray(x[layer, batch, :, head], np.float64) for x in (inputs.k, inputs.log_decay, inputs.beta)
+        )
+        gram = np.zeros((6, 6))
+        for t in range(70):
+            gram = np.exp(log_decay[t]) * gram + beta[t] * np.outer(k[t], k[t])
+            if t in places:
+                expected = np.linalg.cond(gram + np.diag(np.asarray(inputs.ridge[layer, head], np.float64)))
+                actual = found.condition[layer, batch, places.index(t), head]
+                np.testing.assert_allclose(actual, expected, rtol=tolerances.CONDITION)
+
+
+@pytest.mark.parametrize(("pattern", "place", "words"), [(("mesa",), 70, "places"), (("gla",), 3, "no mesa layer")])
+def test_systems_that_are_not_there_are_refused(pattern, place, words):
+    model = MesaNet(dataclasses.replace(CONFIG, pattern=pattern))
+    params = model.init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match=words):
+        systems(model, nn.unbox(params), TOKENS, [place])

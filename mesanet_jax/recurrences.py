@@ -4,6 +4,7 @@ All take one document or several packed ones, and a state before the first; a ca
 Negative segment ids mark padding: it is ignored whatever it holds, and the state passes through it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -67,10 +68,9 @@ def delta_rule(
     """
     tile = _cut(q, k, v, log_decay, beta, segment_ids)
     earlier = jnp.tril(tile.within, -1) * _product("...ck,...sk->...cs", tile.k, tile.k)
-    system = jnp.eye(earlier.shape[-1], dtype=earlier.dtype) + tile.beta[..., None] * earlier
     faded = (tile.beta * tile.into)[..., None] * tile.k
-    known = jnp.concatenate([tile.beta[..., None] * tile.v, faded], axis=-1).astype(system.dtype)
-    solved = jax.scipy.linalg.solve_triangular(system, known, lower=True, unit_diagonal=True)
+    known = jnp.concatenate([tile.beta[..., None] * tile.v, faded], axis=-1).astype(earlier.dtype)
+    solved = jnp.matmul(_unit_triangular_inverse(tile.beta[..., None] * earlier), known, precision="highest")
     values, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
 
     def chunk(state, inputs):
@@ -81,6 +81,28 @@ def delta_rule(
     arrays = tile.through, tile.k * tile.out[..., None], values, reads
     final, (before, written) = jax.lax.scan(chunk, _start(state, k, v), arrays)
     return _read(tile, before, written, v), final
+
+
+def _unit_triangular_inverse(lower: jax.Array) -> jax.Array:
+    """Returns (I + L)^{-1} [..., c, c] for strictly lower triangular L, out of inverses of ever larger diagonal blocks.
+
+    These are products of matrices, which every accelerator is made for; the library's triangular solve goes row by row,
+    and on CPUs two of them at a time may wait for each other's threads for ever (jaxlib 0.10.2).
+    """
+    length = lower.shape[-1]
+    size = 1 << (length - 1).bit_length()
+    lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, size - length)] * 2)
+    inverse = jnp.ones((*lower.shape[:-2], size, 1, 1), lower.dtype)  # of blocks [..., blocks, s, s]
+    multiply = functools.partial(jnp.matmul, precision="highest")
+    while inverse.shape[-3] > 1:
+        pairs, s = inverse.shape[-3] // 2, inverse.shape[-1]
+        blocks = lower.reshape(*lower.shape[:-2], pairs, 2 * s, pairs, 2 * s)[..., s:, :, :s]
+        between = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)  # of the pairs: below the diagonal
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -multiply(multiply(second, between), first)
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+    return inverse[..., 0, :length, :length]
 
 
 def gated_sum(

@@ -136,3 +136,11 @@ def test_channels_are_summed_as_defined_in_documents_and_across_calls():
     tolerances.assert_near(last, h, tolerances.LAW["float64"])
     tolerances.assert_near(jnp.concatenate([first, second], axis=1), whole, tolerances.LAW["float64"])
     tolerances.assert_near(end, whole[:, -1], tolerances.LAW["float64"])
+
+
+def test_no_row_by_row_solve_is_left_to_the_library():
+    """Two batched ones at a time wait for each other for ever on two cores: a training run hung."""
+    x = jnp.ones((1, 64, 1, 4))
+    gates = jnp.zeros((1, 64, 1))
+    traced = jax.make_jaxpr(jax.grad(lambda x: delta_rule(x, x, x, gates, gates, None)[0].sum()))(x)
+    assert "dot_general" in str(traced) and "triangular_solve" not in str(traced)

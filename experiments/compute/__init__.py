@@ -1,0 +1,1 @@
+"""Test-time compute: what a trained run spends on its predictions under other solver settings, and what it gets."""

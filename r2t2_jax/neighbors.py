@@ -202,10 +202,11 @@ def weigh(
 def _shares(logarithms: Float[Array, "b m"]) -> Float[Array, "b m"]:
     """Returns weights of sum 1, however small all of them are before, or 0 where nobody counts."""
     largest = logarithms.max(-1, keepdims=True)
-    anyone = largest > -jnp.inf
-    weights = jnp.exp(logarithms - jnp.where(anyone, largest, 0))
-    # the largest need not be 1: what is computed twice may be rounded in two ways, and far from 0 roundings are large
-    return weights / jnp.where(anyone, weights.sum(-1, keepdims=True), 1)
+    below = jnp.minimum(logarithms - jnp.where(largest > -jnp.inf, largest, 0), 0)
+    # what is computed twice may be rounded in two ways, and far from 0 roundings are large: the first is 0 by name
+    is_first = jnp.arange(logarithms.shape[-1]) == jnp.argmax(logarithms, axis=-1, keepdims=True)
+    weights = jnp.exp(jnp.where(is_first & (largest > -jnp.inf), 0, below))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)
 
 
 def _bandwidth_of_each(weights: Callable, target: Float[Array, "b"]) -> Float[Array, "b 1"]:

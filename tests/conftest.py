@@ -17,6 +17,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name  # of the processes that t
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 2)
 
 jax.config.update("jax_compilation_cache_dir", _cache.name)
@@ -28,9 +29,16 @@ hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)
-def compile_quickly(request):
-    """Leaves out what makes programs fast, unless the test is marked."""
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
+def optimize_where_marked(request):
+    """Compiles the programs of a marked test anew, and those of the next one: no key of a compiled program says how."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -179,7 +179,8 @@ def _draw_differences(ax: Axes, differences: dict[str, Curve], reach: float) -> 
     ax.annotate(f"▲ {first} worse", (0.005, 0.96), xycoords="axes fraction", fontsize=8, va="top")
     ax.set_title("Difference, with its paired band")
     ax.set_ylabel("difference")
-    ax.legend(fontsize=9, loc="best")
+    few = len(differences) < 3
+    ax.legend(fontsize=9 if few else 8, loc="best" if few else "upper right", ncols=1 if few else 3)
 
 
 def _span(curves: Sequence[Curve], reach: float) -> tuple[float, float]:

@@ -27,10 +27,14 @@ class Trace(NamedTuple):
     residual: np.ndarray  # [lines, buckets]
     num_tokens: np.ndarray  # [buckets]
 
+    def by_line(self, field: str) -> np.ndarray:
+        """Returns the mean [lines] of "steps" or "residual" over all tokens."""
+        used = self.num_tokens > 0
+        return np.average(getattr(self, field)[:, used], axis=1, weights=self.num_tokens[used])
+
     def mean_steps(self) -> float:
         """Steps spent per token, head and layer."""
-        used = self.num_tokens > 0
-        return float(np.average(self.steps[:, used].mean(axis=0), weights=self.num_tokens[used]))
+        return float(self.by_line("steps").mean())
 
 
 class Sweep(NamedTuple):
@@ -102,11 +106,12 @@ def sweep(
 def settings(
     own: SolverConfig, step_budgets: Sequence[int], tolerances: Sequence[float]
 ) -> Iterator[tuple[str, str, SolverConfig]]:
-    """Yields (way, label, solver): fixed budgets use every step, tolerances stop early within the run's own budget."""
-    for steps in step_budgets:
+    """Yields (way, label, solver), each once: budgets stop at nothing else, tolerances within the run's own budget."""
+    own = dataclasses.replace(own, adjoint_max_steps=None, adjoint_tolerance=None)  # nothing is differentiated
+    for steps in dict.fromkeys(step_budgets):
         yield "step budget", f"{steps}", dataclasses.replace(own, max_steps=steps, tolerance=0.0)
-    for tolerance in tolerances:
-        yield "tolerance", f"{tolerance:.0e}".replace("e-0", "e-"), dataclasses.replace(own, tolerance=tolerance)
+    for tolerance in dict.fromkeys(tolerances):
+        yield "tolerance", f"{tolerance:g}", dataclasses.replace(own, tolerance=tolerance)
 
 
 def saving(name: str, found: Sweep, unit: str, *, bearable: float = 0.005) -> str | None:

@@ -28,6 +28,7 @@ from experiments.pictures import COLORS
 from experiments.runs import Run
 from experiments.webpage import Table, provenance
 from mesanet_jax import MesaNet
+from pallas_kernels.mesa_chunk.solver import MOST_STEPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ class CurvesConfig:
             raise ValueError(f"CurvesConfig: name 1 to {len(COLORS)} folders of trained runs, not {len(self.runs)}.")
         if any(ruler < 2 for ruler in self.rulers):
             raise ValueError(f"CurvesConfig: rulers={self.rulers} must be at least 2, BOS and one token.")
-        if any(steps < 0 for steps in self.step_budgets) or not all(0 < t < 1 for t in self.tolerances):
-            raise ValueError("CurvesConfig: step_budgets must be at least 0, tolerances between 0 and 1.")
+        if any(not 0 <= n <= MOST_STEPS for n in self.step_budgets) or not all(0 < t < 1 for t in self.tolerances):
+            raise ValueError(f"CurvesConfig: step_budgets must lie in 0 to {MOST_STEPS}, tolerances between 0 and 1.")
 
 
 def main(config: CurvesConfig) -> None:

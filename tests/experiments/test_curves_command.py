@@ -113,7 +113,7 @@ def test_the_sweep_spends_what_it_is_given(page):
         points = {(row["way"], row["setting"]): row for row in csv.DictReader(file)}
     assert float(points["step budget", "0"]["mean_steps"]) == 0
     assert 0 < float(points["step budget", "3"]["mean_steps"]) <= 3
-    assert 0 < float(points["tolerance", "1e-2"]["mean_steps"]) < float(points["own", "own setting"]["mean_steps"])
+    assert 0 < float(points["tolerance", "0.01"]["mean_steps"]) < float(points["own", "own setting"]["mean_steps"])
 
 
 def test_the_trace_averages_over_scored_tokens_only(mesa):
@@ -198,7 +198,7 @@ BAD_INPUT = {
     "length: 9999 is more than the [0-9]+ tokens of the longest document": ["{mesa}", "--length", "9999"],
     "cannot be written": ["{mesa}", "--output", "{folder}/a file"],
     "name 1 to 6 folders": [],
-    "tolerances between 0 and 1": ["{mesa}", "--tolerances", "2"],
+    "step_budgets must lie in 0 to 10000, tolerances between 0 and 1": ["{mesa}", "--tolerances", "2"],
     "must be at least 2, BOS and one token": ["{mesa}", "--rulers", "1"],
 }
 

@@ -1,16 +1,17 @@
 """Draws what compute buys; every function returns a Figure, which `experiments.pictures` writes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from experiments.compute.measure import BASELINE, LIMITS, OWN, UNIT
 from experiments.compute.worth import Bought, Measured
-from experiments.curves.bands import Bands, Grid, difference, log_edges
+from experiments.curves.bands import Curve
 from experiments.curves.figures import draw_fan, mark_trained
 from experiments.pictures import COLORS, DASHES, INK, MARKERS, STYLE, footer, new_figure
 
@@ -31,26 +32,21 @@ def draw_quality(measured: Measured, note: str = "") -> Figure:
     return figure
 
 
-def draw_positions(measured: Measured, bands: Bands, note: str = "") -> Figure:
+def draw_positions(measured: Measured, fans: dict[str, dict[str, Curve]], note: str = "") -> Figure:
     """Extra loss by position, a panel for each way of limiting the steps."""
-    own, length = measured.bought[0].effort, measured.read.length
-    grid = Grid(log_edges(length, per_octave=1, also=(measured.run.config.data.length,)), "tokens", UNIT)
-    tried = [way for way in LIMITS if any(one.effort.way == way for one in measured.bought)]
+    trained = {"": float(measured.run.config.data.length)}
     with matplotlib.rc_context(STYLE):
         figure = new_figure(12.0, 4.2)
-        panels = figure.subplots(1, max(len(tried), 1), squeeze=False)[0]
-        for panel, way in zip(panels, tried, strict=False):
-            efforts = [one.effort for one in measured.bought if one.effort.way == way]
-            fan = {effort.label: difference(effort.scores, own.scores, grid, bands) for effort in efforts}
+        for panel, (way, fan) in zip(figure.subplots(1, len(fans), squeeze=False)[0], fans.items(), strict=True):
             draw_fan(panel, fan, UNIT)
             panel.set_title(f"By {way}")
-            mark_trained(panel, {"": measured.run.config.data.length}, grid, named=True)
+            mark_trained(panel, trained, next(iter(fan.values())).grid, named=True)
         footer(figure, note)
     return figure
 
 
 def draw_heads(measured: Measured, note: str = "") -> Figure:
-    """Left, who remembers long takes more steps; right, systems grow harder along the context."""
+    """Left, how long a head remembers and what steps it takes; right, how hard its systems are along the context."""
     heads, steps = measured.heads, measured.by_head("steps")
     with matplotlib.rc_context(STYLE):
         figure = new_figure(12.0, 4.2)
@@ -63,7 +59,7 @@ def draw_heads(measured: Measured, note: str = "") -> Figure:
                 right.plot(heads.places, line, linestyle=DASHES[layer % 6], linewidth=1, label=label, **style)
         left.axvline(measured.run.config.data.length, color=INK, linewidth=0.8, linestyle=":")
         left.set(title="Memory and work", xlabel="half-life, tokens (dotted: trained length)", ylabel="solver steps")
-        right.set(title="How hard the systems grow", xlabel="tokens read", ylabel="condition number of H + Λ")
+        right.set(title="How hard the systems are", xlabel="tokens read", ylabel="condition number of H + Λ")
         left.set_xscale("log")
         right.set_xscale("log", base=2)
         right.set_yscale("log")
@@ -87,9 +83,6 @@ def _draw_tradeoff(ax: Axes, measured: Measured, cost, gain) -> None:
     for i, one in enumerate(others, start=len(LIMITS)):
         style = {"color": COLORS[i % 6], "marker": MARKERS[i % 6], "linestyle": "", "markersize": 7}
         _draw_points(ax, [one], cost, gain, label=one.effort.label, **style)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(visible=True)
 
 
@@ -103,6 +96,9 @@ def _draw_points(ax: Axes, points: Sequence[Bought], cost, gain, **style) -> Non
     ]
     spread = np.array([(bar.mean - bar.low, bar.high - bar.mean) for bar in bars]).T
     ax.errorbar(x, mean, yerr=np.nan_to_num(spread).clip(0), elinewidth=1, capsize=2, **style)
+    above = dict(xytext=(2, 4), rotation=60, va="bottom")
+    below = dict(xytext=(2, -4), rotation=-60, va="top")
     for place, value, one in zip(x, mean, points, strict=True):
         if one.effort.way in LIMITS:
-            ax.annotate(one.effort.label, (place, value), (3, 4), textcoords="offset points", fontsize=7, rotation=45)
+            side: Any = above if one.effort.way == LIMITS[0] else below
+            ax.annotate(one.effort.label, (place, value), textcoords="offset points", fontsize=7, **side)

@@ -113,6 +113,7 @@ def efforts(
     shapes += [(BASELINE, name, stretched(other, read.length), other) for name, other in others]
     batch = _batch(read, batch_size)
     calls = {i: _call(config, run.params, batch) for i, (_, _, config, run) in enumerate(shapes)}
+    print(f"times {len(calls)} settings, which are compiled first", flush=True)
     timings = take_turns(calls, rounds)
     found = []
     for i, (way, label, config, run) in enumerate(shapes):
@@ -120,10 +121,10 @@ def efforts(
         sizes = {"batch_size": batch_size, "watch": watch}
         try:
             scores, trace = _measure(config, run.params, read.documents, read.length, **sizes)
-            twice, _ = _measure(config, run.params, read.twice, 2 * read.passage, **sizes)
+            twice, _ = _measure(config, run.params, read.twice, max(read.length, 2 * read.passage), **sizes)
         except ValueError as error:
             raise UserError(f"runs: {run.name} cannot be scored, {error}.") from None
-        flops = forward_flops(config, read.length, trace.mean_steps() if trace else None)
+        flops = _flops(config, scores, trace.mean_steps() if trace else None)
         found.append(Effort(way, label, config, scores, twice, trace, flops, timings[i]))
     return found
 
@@ -131,10 +132,12 @@ def efforts(
 def heads(run: Run, read: Texts, most: int = 8) -> Heads:
     """Returns how long each head remembers, and how its systems grow harder along the longest documents."""
     longest = sorted(read.documents, key=lambda document: -len(document.tokens))[:most]
+    longest = [document for document in longest if 2 * len(document.tokens) >= len(longest[0].tokens)]
     span = min(read.length, min(len(document.tokens) for document in longest))
     places = np.unique(np.append(2 ** np.arange(int(np.log2(span)) + 1), span))
     tokens = jnp.asarray(np.stack([document.tokens[:span] for document in longest]), jnp.int32)
-    found = jax.jit(lambda params, x: systems(run.model, params, x, places - 1))(run.params, tokens)
+    model = MesaNet(stretched(run, read.length))
+    found = jax.jit(lambda params, x: systems(model, params, x, places - 1))(run.params, tokens)
     forgets = -np.asarray(found.log_decay, np.float64).mean(axis=(1, 2))  # [l, h]
     condition = np.moveaxis(np.median(np.asarray(found.condition), axis=1), 1, 2)
     return Heads(np.log(2) / np.maximum(forgets, 1e-12), places, condition)
@@ -157,6 +160,13 @@ def _measure(config: MesaNetConfig, params, documents: list[Document], length: i
         return solver.measure(config, params, documents, grid, **sizes)
     apply = _compiled(config)
     return score(lambda tokens: apply(params, tokens), documents, length=length, **sizes), None
+
+
+def _flops(config: MesaNetConfig, scores: Scores, steps: float | None) -> float:
+    """FLOPs per token that was scored, by the length of its document: attention grows with that."""
+    lengths, number = np.unique(np.bincount(scores.document), return_counts=True)
+    each = [forward_flops(config, int(length), steps) for length in lengths]
+    return float(np.average(each, weights=lengths * number))
 
 
 def _compiled(config: MesaNetConfig):

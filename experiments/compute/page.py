@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from experiments.compute.figures import draw_heads, draw_positions, draw_quality
 from experiments.compute.measure import BASELINE, OWN, UNIT
-from experiments.compute.worth import Band, Measured
-from experiments.curves.bands import FEWEST_DOCUMENTS, Bands
+from experiments.compute.worth import Band, Measured, looser, positions
+from experiments.curves.bands import FEWEST_DOCUMENTS, Bands, save_curves
 from experiments.pictures import inline_svg, save_figure
 from experiments.webpage import Drawing, Table, page
 from mesanet_jax.model import num_parameters
@@ -28,11 +28,12 @@ def write_page(folder: Path, measured: Measured, bands: Bands, notes: Sequence[s
     """
     note = f"{facts['command']} · commit {facts['commit']} · seed {facts['seed']}"
     _save(folder / "compute.csv", measured)
-    run, read = measured.run, measured.read
+    run, read, fans = measured.run, measured.read, positions(measured, bands)
+    save_curves({f"{way} {x}": one for way, fan in fans.items() for x, one in fan.items()}, folder / "positions.csv")
     blocks = [
         _drawing(folder, note, "compute", draw_quality(measured, note), *_QUALITY),
         settings_table(measured),
-        _drawing(folder, note, "positions", draw_positions(measured, bands, note), *_POSITIONS),
+        _drawing(folder, note, "positions", draw_positions(measured, fans, note), *_POSITIONS),
         _drawing(folder, note, "heads", draw_heads(measured, note), *_HEADS),
         heads_table(measured),
     ]
@@ -53,14 +54,17 @@ def findings(measured: Measured) -> list[str]:
     said = [_chosen(measured), _without(measured)]
     for other in measured.bought:
         if other.effort.way == BASELINE:
-            side = "better" if own.loss.mean < other.loss.mean else "worse"
             said.append(
-                f"{measured.run.name} is {side} than {other.effort.label} by {abs(other.extra.mean):.3f} {UNIT}, for "
-                f"{own.effort.flops / other.effort.flops:.2f} times its arithmetic and {1 / other.time[0]:.2f} times "
-                f"its time; at a second reading it saves {own.recall.mean:.3f} {UNIT}, the other "
-                f"{other.recall.mean:.3f}."
+                f"Against {measured.run.name} the loss of {other.effort.label} is {_banded(other.extra, signed=True)} "
+                f"{UNIT}{_told_apart(other.extra)}, for {other.effort.flops / own.effort.flops:.2f} times the "
+                f"arithmetic and {other.time[0]:.2f} times the time; a second reading saves it "
+                f"{other.recall.mean:.3f} {UNIT}, {measured.run.name} {own.recall.mean:.3f}."
             )
     return [*said, _remembering(measured), _growing(measured)]
+
+
+def _told_apart(band: Band) -> str:
+    return ", so they cannot be told apart" if band.low <= 0 <= band.high else ""
 
 
 def _chosen(measured: Measured) -> str:
@@ -68,8 +72,10 @@ def _chosen(measured: Measured) -> str:
     bearable = f"at most {measured.target:g} {UNIT}"
     if len(own.effort.scores.names) < 2 * FEWEST_DOCUMENTS:
         return f"Too few documents to choose a tolerance by: half of them should be {FEWEST_DOCUMENTS} at least."
+    if not looser([one.effort for one in measured.bought]):
+        return f"No tolerance looser than the run's own, {own.effort.config.solver.tolerance:g}, was tried."
     if choice is None:
-        return f"No tolerance that was tried surely costs {bearable}; try smaller ones."
+        return f"No looser tolerance that was tried surely costs {bearable}; keep the run's own."
     found = next(one for one in measured.bought if one.effort is choice.effort)
     solver = choice.effort.config.solver
     return (
@@ -106,11 +112,13 @@ def _remembering(measured: Measured) -> str:
 def _growing(measured: Measured) -> str:
     places, condition = measured.heads.places, measured.heads.condition
     early = int(np.argmin(np.abs(places - 8)))
+    before, after = (float(np.median(condition[..., i])) for i in (early, -1))
     layer, head = np.unravel_index(np.argmax(condition[..., -1]), condition.shape[:2])
+    grow = "grow harder along the context" if after > before else "do not grow harder along the context"
     return (
-        f"Systems grow harder: the median condition number over heads is {np.median(condition[..., early]):.3g} after "
-        f"{places[early]} tokens and {np.median(condition[..., -1]):.3g} after {places[-1]}, where that of mesa layer "
-        f"{layer}, head {head}, the hardest, is {condition[layer, head, -1]:.3g}."
+        f"Systems {grow}: the median condition number over heads is {before:.3g} after {places[early]} tokens and "
+        f"{after:.3g} after {places[-1]}, where that of mesa layer {layer}, head {head}, the hardest, is "
+        f"{condition[layer, head, -1]:.3g}."
     )
 
 
@@ -122,7 +130,7 @@ def settings_table(measured: Measured) -> Table:
         if effort.way != way:
             way = effort.way
             rows.append([{OWN: "as it was trained", BASELINE: "other runs"}.get(way, f"another {way}")])
-        residual = f"{np.nanmean(effort.trace.residual):.1e}" if effort.trace else "–"
+        residual = f"{effort.trace.by_line('residual').mean():.1e}" if effort.trace else "–"
         rows.append(
             [
                 effort.label,
@@ -180,11 +188,11 @@ def heads_table(measured: Measured) -> Table:
 _QUALITY = (
     "Quality against compute",
     "Loss and recall of the same weights under other solver settings; other runs are points. Bars are 95 % bands over "
-    "documents; those of the settings are paired with the own setting.",
+    "documents; those of the losses of the settings are paired with the own setting, those of recall are not.",
 )
 _POSITIONS = (
     "Where in the context it matters",
-    "Extra loss of each setting by position, against the own setting.",
+    "Extra loss of each setting by position, against the own setting; its numbers are in positions.csv.",
 )
 _HEADS = (
     "Which heads work",
@@ -194,16 +202,16 @@ _HEADS = (
 
 def _drawing(folder: Path, note: str, stem: str, figure: Figure, heading: str, caption: str) -> Drawing:
     save_figure(figure, folder, stem, heading, note)
-    svg = inline_svg(figure, stem, f"{heading}; its numbers are in the tables")
+    svg = inline_svg(figure, stem, f"{heading}; its numbers lie beside the page")
     return Drawing(heading, svg, caption, [f"{stem}.svg", f"{stem}.png"])
 
 
 def _explanations(measured: Measured) -> list[str]:
     read, run = measured.read, measured.run
     return [
-        f"{run.name} has {num_parameters(run.params):,} parameters. A step budget spends every step on every token; a "
-        "tolerance stops a token once its relative residual is below, within the run's own budget. The weights are "
-        "the same throughout, and were trained under the own setting.",
+        f"{run.name} has {num_parameters(run.params):,} parameters. A step budget is spent on every token as long as "
+        "steps change anything; a tolerance stops a token once its relative residual is below, within the run's own "
+        "budget. The weights are the same throughout, and were trained under the own setting.",
         f"Recall: {len(read.twice):,} passages of {read.passage:,} tokens are read twice in a row; what is saved is "
         "the loss of the first reading less that of the second.",
         "Arithmetic counts multiply-adds twice, with the steps that were really spent. Time is that of one batch on "

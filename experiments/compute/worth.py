@@ -6,8 +6,18 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.bench.clock import ratio
-from experiments.compute.measure import OWN, UNIT, Effort, Heads, Texts
-from experiments.curves.bands import FEWEST_DOCUMENTS, Bands, Curve, Grid, contrast, curve, difference, of_documents
+from experiments.compute.measure import LIMITS, OWN, UNIT, Effort, Heads, Texts
+from experiments.curves.bands import (
+    FEWEST_DOCUMENTS,
+    Bands,
+    Curve,
+    Grid,
+    contrast,
+    curve,
+    difference,
+    log_edges,
+    of_documents,
+)
 from experiments.curves.scores import Scores
 from experiments.runs import Run
 
@@ -52,9 +62,7 @@ class Measured(NamedTuple):
         """Returns means [l, h] of "steps" or "residual" over all tokens, under the own setting."""
         trace = self.bought[0].effort.trace
         assert trace is not None, "the first run has mesa layers"
-        used = trace.num_tokens > 0
-        means = np.average(getattr(trace, field)[:, used], axis=1, weights=trace.num_tokens[used])
-        return means.reshape(self.heads.half_life.shape)
+        return trace.by_line(field).reshape(self.heads.half_life.shape)
 
 
 def weigh(found: Sequence[Effort], read: Texts, bands: Bands) -> list[Bought]:
@@ -76,7 +84,7 @@ def choose(found: Sequence[Effort], target: float, bands: Bands) -> Choice | Non
     """Returns the loosest tolerance whose extra loss is surely at most the target, and what it costs elsewhere.
 
     One half of the documents chooses, by the upper end of the paired band; the other half, which had no say, tells
-    what to expect. None if no tolerance will do.
+    what to expect. None if no tolerance that is looser than the run's own will do.
     """
     own = next(effort for effort in found if effort.way == OWN)
     halves = [np.arange(len(own.scores.names)) % 2 == side for side in (0, 1)]
@@ -85,12 +93,27 @@ def choose(found: Sequence[Effort], target: float, bands: Bands) -> Choice | Non
         mine, theirs = (of_documents(one.scores, halves[side]) for one in (effort, own))
         return _only(difference(mine, theirs, _whole(own.scores), bands))
 
-    tried = [effort for effort in found if effort.way == "tolerance"]
-    for effort in sorted(tried, key=lambda effort: -effort.config.solver.tolerance):
+    for effort in sorted(looser(found), key=lambda effort: -effort.config.solver.tolerance):
         there = costs(effort, 0)
         if there.high <= target:
             return Choice(effort, there, costs(effort, 1))
     return None
+
+
+def looser(found: Sequence[Effort]) -> list[Effort]:
+    """Returns what was tried with a larger tolerance than the run's own."""
+    own = next(effort for effort in found if effort.way == OWN).config.solver.tolerance
+    return [effort for effort in found if effort.way == "tolerance" and effort.config.solver.tolerance > own]
+
+
+def positions(measured: Measured, bands: Bands) -> dict[str, dict[str, Curve]]:
+    """Returns the extra loss by position of each setting: way to label to curve."""
+    own, trained = measured.bought[0].effort, measured.run.config.data.length
+    grid = Grid(log_edges(measured.read.length, per_octave=1, also=(trained,)), "tokens", UNIT)
+    found: dict[str, dict[str, Curve]] = {}
+    for effort in (one.effort for one in measured.bought if one.effort.way in LIMITS):
+        found.setdefault(effort.way, {})[effort.label] = difference(effort.scores, own.scores, grid, bands)
+    return found
 
 
 def _loss(effort: Effort, bands: Bands) -> Band:

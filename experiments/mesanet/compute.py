@@ -25,6 +25,7 @@ from experiments.curves.bands import Bands
 from experiments.curves.material import Progress, drafted, gather, open_runs, room_in
 from experiments.pictures import COLORS
 from experiments.webpage import provenance
+from pallas_kernels.mesa_chunk.solver import MOST_STEPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,8 @@ class ComputeConfig:
         most = len(COLORS) - 1  # two colours are those of the settings
         if not 1 <= len(self.runs) <= most:
             raise ValueError(f"ComputeConfig: name 1 to {most} folders of trained runs, not {len(self.runs)}.")
-        if any(steps < 0 for steps in self.step_budgets) or not all(0 < t < 1 for t in self.tolerances):
-            raise ValueError("ComputeConfig: step_budgets must be at least 0, tolerances between 0 and 1.")
+        if any(not 0 <= n <= MOST_STEPS for n in self.step_budgets) or not all(0 < t < 1 for t in self.tolerances):
+            raise ValueError(f"ComputeConfig: step_budgets must lie in 0 to {MOST_STEPS}, tolerances between 0 and 1.")
         if not self.step_budgets and not self.tolerances:
             raise ValueError("ComputeConfig: step_budgets and tolerances are both empty; name a setting to try.")
         if self.bearable <= 0:

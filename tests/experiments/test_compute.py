@@ -9,9 +9,10 @@ import pytest
 
 from experiments import cli
 from experiments.bench.clock import Timing
-from experiments.compute import measure, worth
+from experiments.compute import measure, page, worth
 from experiments.curves.bands import Bands
 from experiments.curves.scores import Scores
+from experiments.curves.solver import settings
 from experiments.data import held_out_documents
 from experiments.mesanet.compute import ComputeConfig, main
 from experiments.reliability.launched import write_corpus
@@ -49,19 +50,19 @@ def made(runs):
 
 
 def test_the_page_shows_pictures_settings_and_heads(made):
-    page, rows = made
-    check_self_contained(page)
-    reader = Reader(page)
-    assert page.count("<svg") == 3
-    assert {"own setting", "0", "2", "5e-1", "window", "layer 0, head 1"} <= reader.cells
+    text, rows = made
+    check_self_contained(text)
+    reader = Reader(text)
+    assert text.count("<svg") == 3
+    assert {"own setting", "0", "2", "0.5", "window", "layer 0, head 1"} <= reader.cells
     assert list(rows) == [
         ("own setting", "own setting"),
         ("step budget", "0"),
         ("step budget", "2"),
-        ("tolerance", "5e-1"),
+        ("tolerance", "0.5"),
         ("run", "window"),
     ]
-    for words in ("Without solving", "hardly forget", "Systems grow harder", "take tolerance=", "than window by"):
+    for words in ("Without solving", "hardly forget", "take tolerance=0.5", "Against mesa the loss of window is"):
         assert words in reader.text
 
 
@@ -125,6 +126,31 @@ def test_a_tolerance_whose_band_reaches_beyond_what_is_bearable_is_not_chosen():
     base, noise = rng.normal(2, 1, 240), np.repeat(rng.normal(0.004, 0.02, 24), 10)
     own, noisy = effort(1e-6, scores(24, 10, base), measure.OWN), effort(0.1, scores(24, 10, base + noise))
     assert worth.choose([own, noisy], 0.005, Bands(200)) is None
+
+
+def test_a_tolerance_that_is_no_looser_than_the_own_one_saves_nothing_and_is_not_chosen():
+    found = scores(24, 10, np.ones(240))
+    own = effort(0.1, found, measure.OWN)
+    assert worth.choose([own, effort(0.1, found), effort(0.01, found)], 0.005, Bands(200)) is None
+    assert worth.looser([own, effort(0.1, found), effort(0.2, found)])[0].label == "0.2"
+
+
+@pytest.mark.parametrize(("condition", "words"), [((2.0, 9.0), "grow harder"), ((9.0, 2.0), "do not grow harder")])
+def test_whether_systems_grow_harder_is_read_off_their_numbers(condition, words):
+    heads = measure.Heads(np.ones((1, 2)), np.array([8, 64]), np.broadcast_to(condition, (1, 2, 2)))
+    said = page._growing(SimpleNamespace(heads=heads))
+    assert said.startswith(f"Systems {words} along the context: the median") and "2 after" in said
+
+
+def test_budgets_of_the_backward_pass_do_not_forbid_a_budget_of_no_steps():
+    own = SolverConfig(adjoint_max_steps=10, adjoint_tolerance=1e-3)
+    tried = list(settings(own, [0, 3, 3], [0.25, 0.012]))
+    assert [(way, label) for way, label, _ in tried] == [
+        ("step budget", "0"),
+        ("step budget", "3"),
+        ("tolerance", "0.25"),
+        ("tolerance", "0.012"),
+    ]
 
 
 @pytest.mark.parametrize(

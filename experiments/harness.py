@@ -2,11 +2,12 @@
 
     results = lm_eval.simple_evaluate(HarnessModel(open_run(path)), tasks=["lambada_openai"])
 
-Nothing is cut off: a text longer than a stretch is read stretch by stretch, and the state goes from one to the next.
-Mesa layers and the other recurrent mixers so see all of it in constant memory; attention sees `max_context` tokens.
+A text longer than a stretch is read stretch by stretch, and the state goes from one to the next. Mesa layers and the
+other recurrent mixers so see all of it in constant memory; attention sees `max_context` tokens.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,10 +20,12 @@ from tqdm import tqdm
 from experiments.cli import UserError
 from experiments.mesh import compiler_options
 from experiments.runs import Run
-from mesanet_jax import MesaNet, SamplingConfig, generate
+from mesanet_jax import MesaNet, SamplingConfig
+from mesanet_jax.generate import draw
 
 STRETCH = 512  # tokens that are read in one call, at most
 SHORTEST = 32  # shorter rows are filled up, so that few programs are compiled
+BLOCK = 16  # tokens of an answer that are written before it is looked whether all are done
 MAX_TOKENS = 256  # of an answer, where the task does not say
 CHOICES = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "num_beams"}
 
@@ -76,11 +79,11 @@ class HarnessModel(TemplateLM):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(place)
         answers = [""] * len(requests)
         for places in groups.values():
-            places.sort(key=lambda place: -len(requests[place].args[0]))
-            for start in tqdm(range(0, len(places), self._batch_size), "answers", disable=disable_tqdm):
-                some = places[start : start + self._batch_size]
-                prompts = [requests[place].args[0] for place in some]
-                for place, answer in zip(some, self._answers(prompts, requests[some[0]].args[1]), strict=True):
+            choices = requests[places[0]].args[1]
+            _check_choices(choices)
+            rows = {place: self._prompt(requests[place].args[0]) for place in places}
+            for some in tqdm(self._alike(rows), "answers", disable=disable_tqdm):
+                for place, answer in zip(some, self._answers([rows[place] for place in some], choices), strict=True):
                     answers[place] = answer
                     self.cache_hook.add_partial("generate_until", requests[place].args, answer)
         return answers
@@ -121,22 +124,47 @@ class HarnessModel(TemplateLM):
         nll, right = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
         return [(nll[i, : len(row) - 1].astype(np.float64), right[i, : len(row) - 1]) for i, row in enumerate(rows)]
 
-    def _answers(self, prompts: Sequence[str], choices: dict[str, Any]) -> list[str]:
-        """Writes on after prompts of like length."""
+    def _prompt(self, text: str) -> np.ndarray:
+        return self._row(self.tok_encode(text)[-self._prompt_length :])
+
+    def _alike(self, rows: dict[int, np.ndarray]) -> list[list[int]]:
+        """Batches of prompts of as many stretches, so that what pads them on the left lies within the first."""
+        order = sorted(rows, key=lambda place: -len(rows[place]))
+        groups = (list(some) for _, some in itertools.groupby(order, lambda place: -(-len(rows[place]) // STRETCH)))
+        size = self._batch_size
+        return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+    def _answers(self, rows: Sequence[np.ndarray], choices: dict[str, Any]) -> list[str]:
+        """Writes on after prompts, until all have come to a stop string."""
         sampling, number = _sampling(choices), int(choices.get("max_gen_toks", MAX_TOKENS))
-        rows = [np.asarray(self.tok_encode(prompt), np.int32)[-self._prompt_length :] for prompt in prompts]
-        width = _filled(max(len(row) for row in rows) + 1)
-        padded = np.full((self._batch_size, width), -1, np.int32)
-        padded[:, -1] = self.eot_token_id  # rows that only fill the batch
-        for i, row in enumerate(rows):
-            padded[i, width - len(row) - 1 :] = self._row(row.tolist())
-        self._key, key = jax.random.split(self._key)
-        drawn = generate(
-            self._run.model, self._run.params, jnp.asarray(padded), num_tokens=number, key=key, sampling=sampling
-        )
         until = choices.get("until") or []
-        texts = (_until_bos(ids, self.eot_token_id) for ids in np.asarray(drawn)[: len(prompts)])
-        return [_cut(self._run.tokenizer.decode(ids), [until] if isinstance(until, str) else until) for ids in texts]
+        until = [until] if isinstance(until, str) else until
+        logits, state = self._understood(rows)
+        written, texts, done = np.zeros((len(rows), 0), np.int32), [""] * len(rows), False
+        while not done:
+            self._key, key = jax.random.split(self._key)
+            block, logits, state = _write(self._run.model, self._run.params, logits, state, key, sampling)
+            written = np.concatenate([written, np.asarray(block)[: len(rows)]], axis=1)
+            ended = [_until_bos(ids[:number], self.eot_token_id) for ids in written]
+            whole = [self._run.tokenizer.decode(ids) for ids in ended]
+            texts = [_cut(text, until) for text in whole]
+            done = all(
+                len(ids) < written.shape[1] or text != cut for ids, text, cut in zip(ended, whole, texts, strict=True)
+            )
+        return texts
+
+    def _understood(self, rows: Sequence[np.ndarray]):
+        """Reads prompts of as many stretches, aligned at their ends; returns logits [b, y] after them, and state."""
+        longest = max(len(row) for row in rows)
+        width = STRETCH if longest > STRETCH else _filled(longest)
+        padded = np.full((self._batch_size, -(-longest // width) * width), -1, np.int32)
+        for i in range(self._batch_size):
+            row = rows[min(i, len(rows) - 1)]  # the last again, where the batch is not full
+            padded[i, padded.shape[1] - len(row) :] = row
+        logits = state = None
+        for start in range(0, padded.shape[1], width):
+            logits, state = _advance(self._run.model, self._run.params, padded[:, start : start + width], state)
+        return logits, state
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options())
@@ -147,18 +175,46 @@ def _predict(model: MesaNet, params, tokens: jax.Array, targets: jax.Array, stat
     return nll, jnp.argmax(logits, axis=-1) == targets, state
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options())
+def _advance(model: MesaNet, params, tokens: jax.Array, state):
+    """Reads tokens [b, t], -1 on the left of the first ones; returns logits [b, y] after the last, and the state."""
+    logits, state = model.apply(params, jnp.maximum(tokens, 0), state, jnp.where(tokens < 0, -1, 0))
+    return logits[:, -1], state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=compiler_options())
+def _write(model: MesaNet, params, logits: jax.Array, state, key: jax.Array, sampling: SamplingConfig):
+    """Writes BLOCK tokens [b, BLOCK]; returns them, and logits and state after them."""
+
+    def one(carry, key):
+        logits, state = carry
+        token = draw(key, logits, sampling)
+        logits, state = model.apply(params, token[:, None], state)
+        return (logits[:, -1], state), token
+
+    (logits, state), tokens = jax.lax.scan(one, (logits, state), jax.random.split(key, BLOCK))
+    return tokens.T, logits, state
+
+
+def unknown_choices(choices: dict[str, Any]) -> list[str]:
+    """Returns what generation_kwargs ask for that there is not."""
+    return sorted(set(choices) - CHOICES) + ["num_beams"] * (choices.get("num_beams", 1) != 1)
+
+
+def _check_choices(choices: dict[str, Any]) -> None:
+    if unknown := unknown_choices(choices):
+        raise UserError(
+            f"tasks: a task asks for {unknown[0]} in its generation_kwargs; take it out, what there is are "
+            f"{', '.join(sorted(CHOICES - {'num_beams'}))}."
+        )
+
+
 def _filled(length: int) -> int:
     """The next power of two."""
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 def _sampling(choices: dict[str, Any]) -> SamplingConfig:
-    unknown = sorted(set(choices) - CHOICES)
-    if unknown or choices.get("num_beams", 1) != 1:
-        raise UserError(
-            f"tasks: a task asks for {(unknown or ['num_beams'])[0]} in its generation_kwargs; take it out, what there "
-            f"is are {', '.join(sorted(CHOICES - {'num_beams'}))}."
-        )
     if not choices.get("do_sample", choices.get("temperature", 0) > 0):
         return SamplingConfig(temperature=0)
     return SamplingConfig(

@@ -5,15 +5,18 @@
   python -m experiments.mesanet.downstream runs/mesa --tasks mine --include tasks/    a task file of your own
 
 Global tasks need a long context, local ones do not, recall tasks ask for what the context says (arXiv 2506.05233,
-appendix L). Needs `pip install -c constraints.txt -e ".[eval]"`; lm-eval fetches the data of its own tasks, files of
-your own may point to local ones.
+appendix L). Needs `pip install -c constraints.txt -e ".[eval]"`; lm-eval fetches the data of its own tasks (storycloze
+must be asked for by hand), files of your own may point to local ones. A member of a group that cannot be loaded is left
+out, and the table says so. Interrupted, the same command goes on with the next task.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +26,8 @@ import yaml
 
 from experiments import cli
 from experiments.cli import UserError
-from experiments.curves.material import drafted, room_in
 from experiments.runs import Run, open_run
+from experiments.synthetic.sweep import opened
 from mesanet_jax import MesaNet
 
 GROUPS = {
@@ -44,6 +47,7 @@ GROUPS = {
 PER_TOKEN = "acc_per_token"  # the option whose loss per token is least, as in the paper
 METRICS = (PER_TOKEN, "acc", "contains", "exact_match", "em", "f1")  # the first that a task has stands for it
 NEEDED = ("doc_to_text", "doc_to_target")
+BOOTSTRAPS = 1000  # resamples behind standard errors that have no formula
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class DownstreamConfig:
       run: folder of a trained run.
       tasks: names of tasks of lm-eval or of task files, and of the groups global, local and recall.
       include: folder of task files (YAML); empty means there are none.
-      output: folder of the results; empty means "downstream" in the folder of the run.
+      output: folder of the results, which the same command goes on in; None means "downstream" in the run's folder.
       limit: documents that are asked of each task; 0 asks all.
       num_fewshot: examples before each question; -1 leaves it to the task.
       tolerance: relative residual to stop the solver at; 0 leaves the run's own setting.
@@ -66,7 +70,7 @@ class DownstreamConfig:
     run: tyro.conf.Positional[Path]
     tasks: tuple[str, ...] = tuple(GROUPS)
     include: str = ""
-    output: str = ""
+    output: Path | None = None
     limit: int = 0
     num_fewshot: int = -1
     tolerance: float = 0.0
@@ -90,35 +94,70 @@ class Answer(NamedTuple):
 
     metric: str
     mean: float
-    error: float  # standard error, NaN where lm-eval gives none
+    error: float | None  # standard error, if lm-eval gives one
     number: int  # documents
 
 
 def main(config: DownstreamConfig) -> None:
-    """Asks the tasks and writes what came of them."""
+    """Asks the tasks that have not been asked yet and writes the table."""
     try:
-        from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
 
         from experiments.harness import HarnessModel
     except ModuleNotFoundError:
         raise UserError('tasks: lm-eval is not installed; pip install -c constraints.txt -e ".[eval]".') from None
     run = _with_tolerance(open_run(config.run), config.tolerance)
+    config = dataclasses.replace(config, output=config.output or config.run / "downstream")
     check_files(config.include, config.tasks)
     manager = TaskManager(include_path=config.include or None)
-    names = expanded(config.tasks, manager.all_tasks)
-    for name in names:
-        _load(manager, name)
+    names, left_out = loadable(manager, expanded(config.tasks, manager.all_subtasks), config.tasks)
     model = HarnessModel(run, batch_size=config.batch_size, prompt_length=config.prompt_length, seed=config.seed)
-    output = Path(config.output or config.run / "downstream")
+    with opened(config) as sweep:
+        cells = [{"task": name, "step": run.step} for name in names]
+        entries = sweep.compute(cells, partial(ask, model, manager, config))
+        text = table({entry["cell"]["task"]: Answer(*(entry[x] for x in Answer._fields)) for entry in entries})
+        text += "".join(f"\nLeft out: {line}\n" for line in left_out)
+        (sweep.folder / "table.md").write_text(text)
+    print(f"\n{text}\nanswers one by one: {config.output}")
+
+
+def ask(model, manager, config: DownstreamConfig, *, task: str, step: int) -> dict[str, Any]:
+    """Asks one task; keeps lm-eval's results and every question and answer beside the cells."""
+    from lm_eval.evaluator import simple_evaluate
+
+    del step
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process that has threads
     limits = {"limit": config.limit or None, "num_fewshot": None if config.num_fewshot < 0 else config.num_fewshot}
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), config.seed)
-    with drafted(output) as draft:
-        found: Any = simple_evaluate(model, tasks=names, task_manager=manager, **limits, **seeds)
-        text = table(answered(found["results"], found["samples"], model.num_tokens))
-        with room_in(output):
-            _write(draft, found, text)
-    print(f"\n{text}\nanswers one by one: {output}")
+    found: Any = simple_evaluate(
+        model, tasks=[task], task_manager=manager, bootstrap_iters=BOOTSTRAPS, **limits, **seeds
+    )
+    samples = found["samples"].get(task, [])
+    assert config.output is not None
+    (config.output / f"{task}.jsonl").write_text("".join(json.dumps(one, default=str) + "\n" for one in samples))
+    kept = {name: value for name, value in found.items() if name not in ("samples", "pretty_env_info")}
+    (config.output / f"{task}.json").write_text(json.dumps(kept, indent=2, default=str))
+    return answered(found["results"][task], samples, model.num_tokens)._asdict()
+
+
+def loadable(manager, names: Sequence[str], asked: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the tasks that can be asked, and why other members of a group cannot.
+
+    Raises:
+      UserError: a task that is asked for by its name cannot.
+    """
+    fine, left_out = [], []
+    for name in names:
+        reason = _obstacle(manager, name)
+        if reason and name in asked:
+            raise UserError(f"tasks: {name} cannot be asked ({reason}); mend its file or fetch its data first.")
+        if reason:
+            left_out.append(f"{name} ({reason})")
+        else:
+            fine.append(name)
+    if not fine:
+        raise UserError(f"tasks: none can be asked: {'; '.join(left_out)}.")
+    return fine, left_out
 
 
 def expanded(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -145,9 +184,12 @@ def check_files(folder: str, tasks: Sequence[str]) -> None:
     if folder and not Path(folder).is_dir():
         raise UserError(f"include: {folder} is not a folder; give that of the task files.")
     for file in sorted(Path(folder).rglob("*.yaml")) if folder else ():
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if not any(task in text for task in tasks):
+            continue
         try:
-            task = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            task = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
             raise UserError(f"include: {file} is not YAML ({str(error).splitlines()[0]}); mend or move it.") from None
         if isinstance(task, dict) and task.get("task") in tasks and "include" not in task:
             missing = _missing(task)
@@ -155,32 +197,26 @@ def check_files(folder: str, tasks: Sequence[str]) -> None:
                 raise UserError(f"include: {file} has no {missing}; add that field.")
 
 
-def answered(results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, list], num_tokens) -> dict[str, Answer]:
-    """Returns one number for each task, by the first of METRICS that it has.
+def answered(numbers: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], num_tokens) -> Answer:
+    """Returns one number for a task: the first of METRICS that it has, or else its own first; its first filter's.
 
     Args:
-      results: of lm-eval, by task.
-      samples: of lm-eval, by task: questions and answers one by one.
+      numbers: of lm-eval, "metric,filter" to value.
+      samples: of lm-eval: questions and answers one by one.
       num_tokens: takes context and continuation, returns how many tokens the latter is.
     """
-    found = {}
-    for name, numbers in results.items():
-        own = {
-            key.partition(",")[0]: (value, numbers.get(key.replace(",", "_stderr,", 1)))
-            for key, value in numbers.items()
-            if "," in key and "_stderr," not in key
-        }
-        asked = samples.get(name, ())
-        right = [_per_token(sample, num_tokens) for sample in asked if len(sample["arguments"]) > 1]
-        if right and None not in right:
-            shares = np.asarray(right, np.float64)
-            own[PER_TOKEN] = float(shares.mean()), float(shares.std() / math.sqrt(max(len(shares) - 1, 1)))
-        metric = next((metric for metric in (*METRICS, *own) if metric in own), None)
-        if metric:
-            mean, error = own[metric]
-            number = len({sample["doc_id"] for sample in asked})
-            found[name] = Answer(metric, float(mean), error if isinstance(error, float) else math.nan, number)
-    return found
+    own: dict[str, tuple[Any, Any]] = {}
+    for key, value in numbers.items():
+        if "," in key and "_stderr," not in key:
+            own.setdefault(key.partition(",")[0], (value, numbers.get(key.replace(",", "_stderr,", 1))))
+    right = [_per_token(sample, num_tokens) for sample in samples if len(sample["arguments"]) > 1]
+    if right and None not in right:
+        shares = np.asarray(right, np.float64)
+        own[PER_TOKEN] = float(shares.mean()), float(shares.std() / math.sqrt(max(len(shares) - 1, 1)))
+    metric = next(metric for metric in (*METRICS, *own) if metric in own)
+    mean, error = own[metric]
+    number = len({sample["doc_id"] for sample in samples})
+    return Answer(metric, float(mean), error if isinstance(error, float) else None, number)
 
 
 def table(answers: Mapping[str, Answer]) -> str:
@@ -189,17 +225,21 @@ def table(answers: Mapping[str, Answer]) -> str:
     lines = ["| task | metric | value | documents |", "|---|---|---|---|"]
     for group, names in {**GROUPS, "other": rest}.items():
         own = {name: answers[name] for name in names if name in answers}
-        for name, one in own.items():
-            error = "" if math.isnan(one.error) else f" ± {_shown(one.metric, 1.96 * one.error)}"
-            lines.append(f"| {name} | {one.metric} | {_shown(one.metric, one.mean)}{error} | {one.number:,} |")
+        lines += [f"| {name} | {one.metric} | {_shown(one)} | {one.number:,} |" for name, one in own.items()]
         if len(own) > 1 and group != "other":
-            mean = np.mean([one.mean for one in own.values()])
-            lines.append(f"| **{group}** | mean of {len(own)} of {len(names)} | **{100 * mean:.2f}** | |")
+            mean = np.mean([one.mean * _scale(one) for one in own.values()])
+            lines.append(f"| **{group}** | mean of {len(own)} of {len(names)} | **{mean:.2f}** | |")
     return "\n".join([*lines, "", "Shares in per cent, with 95 % intervals."]) + "\n"
 
 
-def _shown(metric: str, value: float) -> str:
-    return f"{100 * value:.2f}" if metric in METRICS else f"{value:.4g}"
+def _shown(one: Answer) -> str:
+    error = "" if one.error is None else f" ± {1.96 * one.error * _scale(one):.2f}"
+    return f"{one.mean * _scale(one):.2f}{error}"
+
+
+def _scale(one: Answer) -> float:
+    """Per cent of what is a share; some metrics of lm-eval are in per cent already."""
+    return 100.0 if one.metric in METRICS and one.mean <= 1 else 1.0
 
 
 def _per_token(sample: Mapping[str, Any], num_tokens) -> bool | None:
@@ -222,26 +262,26 @@ def _with_tolerance(run: Run, tolerance: float) -> Run:
     return run._replace(model=MesaNet(dataclasses.replace(run.config.model, solver=solver)))
 
 
-def _load(manager, name: str) -> None:
-    """Loads a task before anything is asked: what its files or its data lack shows here."""
+def _obstacle(manager, name: str) -> str | None:
+    """Why a task cannot be asked: what its files or its data lack shows before anything is."""
+    from experiments.harness import unknown_choices
+
     try:
-        manager.load([name])
+        (task,) = manager.load([name])["tasks"].values()
     except Exception as error:  # whatever other people's files and data sets raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"tasks: {name} cannot be loaded ({said}); mend its file or fetch its data first.") from None
-
-
-def _write(folder: Path, found: dict[str, Any], text: str) -> None:
-    """The table, lm-eval's own results, and a file of questions and answers for each task."""
-    (folder / "table.md").write_text(text)
-    kept = {name: value for name, value in found.items() if name not in ("samples", "pretty_env_info")}
-    (folder / "results.json").write_text(json.dumps(kept, indent=2, default=str))
-    for name, samples in found["samples"].items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one, default=str) + "\n" for one in samples))
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    for needed in ("UNSAFE_CODE", "MULTIMODAL"):
+        if getattr(task, needed, False):
+            return f"it is {needed.lower().replace('_', ' ')}, which is not done here"
+    choices = task.get_config("generation_kwargs") if task.get_config("output_type") == "generate_until" else None
+    unknown = unknown_choices(choices or {})
+    return f"its generation_kwargs ask for {unknown[0]}" if unknown else None
 
 
 def _missing(task: Mapping[str, Any]) -> str | None:
     """The first field that a task file lacks."""
+    if task.keys() & {"class", "use_prompt"}:  # Python code, or a collection of prompts, has the rest
+        return None
     if not task.keys() & {"dataset_path", "custom_dataset"}:
         return "dataset_path"
     if not task.keys() & {"test_split", "validation_split"}:
@@ -251,10 +291,10 @@ def _missing(task: Mapping[str, Any]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads past `!function`, which names Python code that only lm-eval may load."""
+    """Reads past `!function` and the like, which name Python code that only lm-eval may load."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+_Loader.add_multi_constructor("!", lambda loader, tag, node: tag)
 
 
 if __name__ == "__main__":

@@ -67,15 +67,21 @@ def test_a_continuation_is_scored_after_its_context_in_batches_of_any_size(run):
 
 
 def test_the_greedy_continuation_is_called_greedy(run):
-    _, best = logs(run, "one")
-    likely = run.tokenizer.decode(best[-1:])
-    if not likely.isascii():
-        pytest.skip("the most likely byte is no letter")
-    (_, greedy), (_, other) = HarnessModel(run).loglikelihood([ask("on", likely), ask("on", "~")], disable_tqdm=True)
-    assert greedy and not other
+    text = "one, two, three and four"
+    best = logs(run, text)[1]
+    places = [place for place in range(1, len(text)) if best[place] < 128 and chr(best[place]).isalnum()]
+    assert places  # the most likely byte is a letter somewhere
+    pairs = [(text[:place].rstrip(), text[:place][len(text[:place].rstrip()) :] + chr(best[place])) for place in places]
+    pairs = [(context, answer) for context, answer in pairs if len(answer) == 1]
+    found = HarnessModel(run).loglikelihood([ask(*pair) for pair in pairs], disable_tqdm=True)
+    assert pairs and all(greedy for _, greedy in found)
+    others = [ask(context, "~") for context, _ in pairs]
+    assert not any(greedy for _, greedy in HarnessModel(run).loglikelihood(others, disable_tqdm=True))
 
 
-def test_a_text_of_any_length_is_read_from_its_start(run):
+@pytest.mark.parametrize("name", ["mesa", "window"])
+def test_a_text_of_any_length_is_read_from_its_start(folder, name):
+    run = open_run(folder / name)
     texts = [LONG * 3, "short", ""]
     found = HarnessModel(run, batch_size=2).loglikelihood_rolling([ask(text) for text in texts], disable_tqdm=True)
     expected = [logs(run, text)[0].sum() for text in texts[:2]]
@@ -126,7 +132,7 @@ doc_to_target: "{{{{target}}}}"
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """Three local tasks, one of each kind that lm-eval asks."""
+    """Local tasks, one of each kind that lm-eval asks."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     data = tmp_path / "data.jsonl"
@@ -135,6 +141,7 @@ def tasks(tmp_path, monkeypatch):
     kinds = {
         "choices": 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}]\n',
         "whole": "output_type: loglikelihood_rolling\nmetric_list: [{metric: bits_per_byte}]\n",
+        "perplexed": "output_type: loglikelihood\nmetric_list: [{metric: perplexity, aggregation: perplexity}]\n",
         "written": "output_type: generate_until\ngeneration_kwargs: {until: [' '], max_gen_toks: 4}\n"
         "metric_list: [{metric: exact_match}]\n",
     }
@@ -151,9 +158,14 @@ def command(*arguments) -> None:
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
 def test_local_tasks_of_every_kind_are_asked_and_told(folder, run, tasks, capsys):
     output = tasks.parent / "page"
-    command(folder / "mesa", "--tasks", "choices", "whole", "written", "--include", tasks, "--output", output)
+    command(
+        folder / "mesa", "--tasks", "choices", "whole", "written", "perplexed", "--include", tasks, "--output", output
+    )
     files = {path.name for path in output.iterdir()}
-    assert files == {"table.md", "results.json", "choices.jsonl", "whole.jsonl", "written.jsonl"}
+    names = ("choices", "whole", "written", "perplexed")
+    assert files == {"table.md", "sweep.json", "cells.jsonl", ".claimed"} | {
+        f"{name}.{suffix}" for name in names for suffix in ("json", "jsonl")
+    }
     text = (output / "table.md").read_text()
     assert text in capsys.readouterr().out
     assert re.search(r"\| choices \| acc_per_token \| [\d.]+ ± [\d.]+ \| 3 \|", text)
@@ -171,15 +183,44 @@ def test_local_tasks_of_every_kind_are_asked_and_told(folder, run, tasks, capsys
     assert float(re.search(r"acc_per_token \| ([\d.]+)", text)[1]) == pytest.approx(100 * np.mean(right), abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_command_goes_on_with_the_tasks_that_are_not_done(folder, tasks, monkeypatch, capsys):
+    command(folder / "mesa", "--tasks", "choices", "--include", tasks, "--output", tasks.parent / "page")
+    asked, real = [], downstream.ask
+    monkeypatch.setattr(downstream, "ask", lambda *args, **cell: asked.append(cell["task"]) or real(*args, **cell))
+    command(folder / "mesa", "--tasks", "choices", "whole", "--include", tasks, "--output", tasks.parent / "page")
+    assert asked == ["whole"] and "| choices |" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_member_of_a_group_that_cannot_be_loaded_is_left_out_and_named(folder, tasks, monkeypatch, capsys):
+    monkeypatch.setitem(downstream.GROUPS, "recall", ("choices", "broken"))
+    (tasks / "broken.yaml").write_text(TASK.format(name="broken", data="no such file"))
+    command(folder / "mesa", "--tasks", "recall", "--include", tasks, "--output", tasks.parent / "page")
+    shown = capsys.readouterr().out
+    assert "| choices |" in shown and "Left out: broken (" in shown
+
+
+def test_a_batch_of_answers_stops_once_all_have_stopped(run, monkeypatch):
+    written, real = [], harness._write
+    monkeypatch.setattr(harness, "_write", lambda *args: written.append(1) or real(*args))
+    text = HarnessModel(run).generate_until([ask("one, ", {"max_gen_toks": 64})], True)[0]
+    assert len(written) > 1 and len(text) > 4
+    written.clear()
+    HarnessModel(run).generate_until([ask("one, ", {"max_gen_toks": 64, "until": text[1:3]})], True)
+    assert len(written) == 1
+
+
 def test_groups_are_means_of_their_own_tasks():
     answers = {
         "piqa": Answer("acc", 0.5, 0.01, 10),
-        "boolq": Answer("acc", 0.7, np.nan, 20),
-        "mine": Answer("f1", 0.1, 0.1, 1),
+        "boolq": Answer("acc", 0.7, None, 20),
+        "mine": Answer("f1", 45.2, 1.0, 1),
     }
     text = downstream.table(answers)
     assert "| piqa | acc | 50.00 ± 1.96 | 10 |" in text and "| boolq | acc | 70.00 | 20 |" in text
-    assert "| **local** | mean of 2 of 8 | **60.00** | |" in text and "global" not in text and "| mine |" in text
+    assert "| **local** | mean of 2 of 8 | **60.00** | |" in text and "global" not in text
+    assert "| mine | f1 | 45.20 ± 1.96 | 1 |" in text  # in per cent already
 
 
 def test_groups_are_taken_apart_and_unknown_tasks_are_named():
@@ -197,7 +238,7 @@ def test_groups_are_taken_apart_and_unknown_tasks_are_named():
         (("dataset_path", "nothing"), "choices.yaml has no dataset_path"),
         (("test_split", "nothing"), "choices.yaml has no test_split"),
         (("task: ", "task: [}"), "choices.yaml is not YAML"),
-        (("data.jsonl", "other.jsonl"), "tasks: choices cannot be loaded .*; mend its file or fetch its data first"),
+        (("data.jsonl", "other.jsonl"), "tasks: choices cannot be asked .*; mend its file or fetch its data first"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -92,7 +92,7 @@ PRESETS = {
             mixers=("mesa", "sliding_window"),
             tasks=("in-context-recall",),
             model=MesaNetConfig(num_layers=2, model_dim=64, num_heads=4, key_dim=16, value_dim=16, window=4),
-            fit=dataclasses.replace(QUICK, epochs=3),
+            fit=dataclasses.replace(QUICK, epochs=1),
             peak_lrs=(3e-3,),
             weight_decays=(0.01,),
         ),

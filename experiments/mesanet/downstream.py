@@ -27,7 +27,7 @@ import yaml
 from experiments import cli
 from experiments.cli import UserError
 from experiments.runs import Run, open_run
-from experiments.synthetic.sweep import opened
+from experiments.sweep import opened
 from mesanet_jax import MesaNet
 
 GROUPS = {

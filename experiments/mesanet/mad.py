@@ -1,7 +1,7 @@
 """MAD: which ability does which mixer have? Six tasks of tokens (arXiv 2403.17844) as in arXiv 2506.05233, table 9.
 
-  python -m experiments.mesanet.mad smoke    mesa recalls what a window of 4 tokens cannot: 5 minutes on 2 cores
-  python -m experiments.mesanet.mad small    every mixer on every task at its baseline, in short: hours on 2 cores
+  python -m experiments.mesanet.mad smoke    mesa recalls what a window of 4 tokens cannot: 3 minutes on 2 cores
+  python -m experiments.mesanet.mad small    five mixers on every task at its baseline, in short: not timed yet
   python -m experiments.mesanet.mad paper    all difficulties, learning rates and decays: weeks on one GPU
 
 One line of cells.jsonl is one model trained on one setting; the same command goes on where it was. At the end a table
@@ -19,12 +19,12 @@ import numpy as np
 
 from experiments import cli
 from experiments.mesh import MeshConfig
+from experiments.sweep import computed
 from experiments.synthetic import mad
 from experiments.synthetic.fit import Choice, FitConfig
 from experiments.synthetic.mad import Setting, TaskName
 from experiments.synthetic.models import ALL_MIXERS, check_fit, check_mixers, fit_model, mesh_for, shaped
 from experiments.synthetic.scores import Score, Tally, accuracy, grouped, mean, score, tally
-from experiments.synthetic.sweep import computed
 from mesanet_jax import MesaNetConfig
 
 # arXiv 2506.05233, table 9, in percent; the columns are COLUMNS
@@ -83,23 +83,27 @@ class MadConfig:
         check_mixers("MadConfig", self.mixers, (self.model.num_layers,))
 
 
-QUICK = FitConfig(epochs=12, warmup_steps=100)
+QUICK = MadConfig(
+    model=MesaNetConfig(num_layers=2, model_dim=64, num_heads=4, key_dim=16, value_dim=16),
+    fit=FitConfig(epochs=3, warmup_steps=100),
+    peak_lrs=(3e-3,),
+    weight_decays=(0.01,),
+)
 PRESETS = {
     "smoke": (
         "mesa recalls, a window of 4 tokens cannot",
-        MadConfig(
+        dataclasses.replace(
+            QUICK,
             output=Path("runs/mad/smoke"),
             mixers=("mesa", "sliding_window"),
             tasks=("in-context-recall",),
-            model=MesaNetConfig(num_layers=2, model_dim=64, num_heads=4, key_dim=16, value_dim=16, window=4),
-            fit=dataclasses.replace(QUICK, epochs=1),
-            peak_lrs=(3e-3,),
-            weight_decays=(0.01,),
+            model=dataclasses.replace(QUICK.model, window=4),
+            fit=dataclasses.replace(QUICK.fit, epochs=1),
         ),
     ),
     "small": (
-        "every mixer on every task at its baseline",
-        MadConfig(fit=QUICK, peak_lrs=(3e-3,), weight_decays=(0.01,)),
+        "five mixers on every task at its baseline",
+        dataclasses.replace(QUICK, mixers=("mesa", "gated_deltanet", "gla", "hawk", "attention")),
     ),
     "paper": ("all difficulties, learning rates and decays", MadConfig(output=Path("runs/mad/paper"), harder=True)),
 }

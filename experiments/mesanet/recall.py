@@ -23,13 +23,13 @@ from matplotlib.figure import Figure
 from experiments import cli
 from experiments.mesh import MeshConfig
 from experiments.pictures import COLORS, DASHES, INK, MARKERS, STYLE, inline_svg, new_figure, save_figure
+from experiments.sweep import computed
 from experiments.synthetic import memory
 from experiments.synthetic.examples import IGNORED
 from experiments.synthetic.fit import Choice, FitConfig, predictor
 from experiments.synthetic.memory import AXES, SHORTEST, VOCAB_SIZE, Asked, TaskName
 from experiments.synthetic.models import check_fit, check_mixers, fit_model, make_model, mesh_for, shaped
 from experiments.synthetic.scores import CONFIDENCE, Score, Tally, accuracy, score, tally
-from experiments.synthetic.sweep import computed
 from experiments.webpage import Drawing, Table, page, provenance
 from mesanet_jax import MesaNetConfig
 

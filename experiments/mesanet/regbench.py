@@ -20,12 +20,12 @@ import numpy as np
 
 from experiments import cli
 from experiments.mesh import MeshConfig
+from experiments.sweep import computed
 from experiments.synthetic import automata
 from experiments.synthetic.automata import VOCAB_SIZE, AutomataConfig
 from experiments.synthetic.fit import Choice, FitConfig
 from experiments.synthetic.models import ALL_MIXERS, check_fit, check_mixers, fills, fit_model, mesh_for, shaped
 from experiments.synthetic.scores import accuracy, grouped, score
-from experiments.synthetic.sweep import computed
 from mesanet_jax import MesaNetConfig
 
 

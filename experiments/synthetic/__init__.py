@@ -1,1 +1,1 @@
-"""Tasks that test one ability each, on data made on the fly: MAD, RegBench, and sweeps over them."""
+"""Tasks that test one ability each, on data made on the fly: MAD, RegBench, recall, needles and copying."""

@@ -8,8 +8,8 @@ import pytest
 
 from experiments.cli import UserError
 from experiments.runs import claimed
+from experiments.sweep import opened
 from experiments.synthetic.fit import FitConfig
-from experiments.synthetic.sweep import opened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

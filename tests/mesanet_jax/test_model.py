@@ -24,6 +24,7 @@ SMALL = MesaNetConfig(
     value_dim=16,
     window=7,
     max_context=64,
+    norm_eps=1e-3,  # with 1e-6, where a head says almost nothing, 2e-3 of gla's gradient would be rounding, not 2e-5
     solver=SolverConfig(max_steps=16, tolerance=0.0),
 )
 PATTERNS = {name: (name,) for name in MIXERS} | {"hawk and mesa": ("hawk", "mesa")}
@@ -82,7 +83,6 @@ def test_a_prediction_depends_on_its_past_and_not_on_its_future(setup):
     assert (used[place - 5 : place + 1] > 0).all()
 
 
-@pytest.mark.optimized
 def test_packed_documents_equal_separate_documents_in_value_and_gradient(setup):
     model, params, tokens, _ = setup
     cut = ((11, 29), (29, 11))

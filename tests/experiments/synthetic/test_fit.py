@@ -108,7 +108,7 @@ def test_regbench_writes_the_best_choice_of_each_mixer(tmp_path):
         (
             mad,
             ["--model.num-heads", "6"],
-            "model: of hawk.mesa, .*recurrent_dim=160 must be a positive multiple",
+            "model: of hawk, .*recurrent_dim=80 must be a positive multiple of num_heads=6",
         ),
         (mad, ["--model.value-dim", "32"], "model: of attention, .*attention needs an even key_dim"),
         (

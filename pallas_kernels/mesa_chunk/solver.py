@@ -204,7 +204,7 @@ class Steps(NamedTuple):
 
 
 # A round aims a little below the tolerance, so that rounding between recurrence and residual does not cost another.
-_AIM = 0.8
+_AIM = 0.9
 # A round that leaves more than this of the residual is the last one of its token: rounding has the word.
 _PROGRESS = 0.7
 # A round in which a residual grows by more than this is one that diverges, and is not taken over.

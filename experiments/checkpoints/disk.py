@@ -1,7 +1,7 @@
 """What lies in a folder of checkpoints, and the few ways it changes; each a rename, so that a kill leaves no half.
 
 30/                a sealed checkpoint
-40.unsealed...     a draft: being saved now, or when the run was killed
+40.unsealed-...    a draft: being saved now, or when the run was killed
 10.deleted         being deleted
 damaged/20-1/      set aside, the first time for step 20
 """
@@ -33,7 +33,7 @@ def sealed(folder: Path) -> list[int]:
 def drafts(folder: Path) -> list[int]:
     """Returns the steps that are being saved, or were when the run was killed."""
     found = [_DRAFT.match(path.name) for path in folder.iterdir()]
-    return sorted(int(match[1]) for match in found if match)
+    return sorted({int(match[1]) for match in found if match})
 
 
 def strangers(folder: Path) -> list[Path]:
@@ -48,15 +48,18 @@ def aside(folder: Path) -> list[Path]:
     return sorted((folder / DAMAGED).iterdir()) if (folder / DAMAGED).is_dir() else []
 
 
-def draft(folder: Path, step: int) -> Path:
-    """Returns where a step is saved before it is sealed."""
-    return folder / f"{step}.unsealed"
+def draft(folder: Path, step: int, turn: int) -> Path:
+    """Returns where a step is saved before it is sealed.
+
+    Every try has a place of its own: writers of one that failed may come back long after it has been given up.
+    """
+    return folder / f"{step}.unsealed-{turn}"
 
 
-def seal(folder: Path, step: int) -> None:
-    """Turns the draft of a step into a checkpoint."""
-    os.rename(draft(folder, step), folder / str(step))
-    manifest.settle(folder)
+def seal(draft: Path, step: int) -> None:
+    """Turns a draft into the checkpoint of a step."""
+    os.rename(draft, draft.parent / str(step))
+    manifest.settle(draft.parent)
 
 
 def set_aside(folder: Path, step: int) -> Path:

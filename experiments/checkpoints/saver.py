@@ -58,8 +58,10 @@ class Saver:
         json.dumps(about)  # what cannot be written is better refused here than in the background
         arrays = described(state)
         _check_names(arrays)
-        self._orbax.save(disk.draft(self._folder, step), args=ocp.args.PyTreeSave(state))
-        self._sealing = self._pool.submit(self._seal, step, arrays, about, next(_turns))
+        turn = next(_turns)
+        draft = disk.draft(self._folder, step, turn)
+        self._orbax.save(draft, args=ocp.args.PyTreeSave(state))
+        self._sealing = self._pool.submit(self._seal, draft, step, arrays, about, turn)
 
     def has_ended(self) -> bool:
         """True if `finish` would not wait."""
@@ -80,9 +82,9 @@ class Saver:
         self._pool.shutdown()
         self._orbax.close()
 
-    def _seal(self, step: int, arrays: list[Array], about: dict[str, Any], turn: int) -> None:
+    def _seal(self, draft: Path, step: int, arrays: list[Array], about: dict[str, Any], turn: int) -> None:
         """Runs in the background, in every process, so without devices: they meet at barriers of the coordinator."""
-        draft, failed = disk.draft(self._folder, step), None
+        failed = None
         parts = {
             "arrays": self._orbax.wait_until_finished,
             "digests": lambda: self._write_part(draft),
@@ -118,7 +120,7 @@ class Saver:
     def _finish(self, draft: Path, step: int, arrays: list[Array], about: dict[str, Any]) -> None:
         if peers.is_first():
             manifest.write(draft, Manifest(step, time.time(), about, arrays, _take_parts(draft)))
-            disk.seal(self._folder, step)
+            disk.seal(draft, step)
             disk.delete_older(self._folder, step, self._keep)
 
 

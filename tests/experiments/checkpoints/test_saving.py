@@ -48,8 +48,12 @@ def test_arrays_may_be_donated_or_overwritten_as_soon_as_save_returns(tmp_path):
 
 def test_only_so_many_are_kept_and_the_older_goes_after_the_newer_is_sealed(tmp_path, monkeypatch):
     moments = []
-    monkeypatch.setattr(manifest, "write", observed(manifest.write, lambda: moments.append(names(tmp_path))))
-    monkeypatch.setattr(disk, "delete_older", observed(disk.delete_older, lambda: moments.append(names(tmp_path))))
+
+    def look():
+        moments.append([name.split("-")[0] for name in names(tmp_path)])  # a draft's name ends in the number of its try
+
+    monkeypatch.setattr(manifest, "write", observed(manifest.write, look))
+    monkeypatch.setattr(disk, "delete_older", observed(disk.delete_older, look))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step))
@@ -145,7 +149,7 @@ def test_a_full_disk_is_told_once_and_the_same_step_can_be_saved_again(folder, f
         with pytest.raises(UserError, match=r"could not be written to .* \(File too large\); those before it are int"):
             checkpoints.wait()
         checkpoints.wait()
-        assert names(folder) == ["10", "20", "30"]
+        assert checkpoints.steps() == [10, 20, 30]
         files_may_not_grow()
         checkpoints.save(40, big)
         checkpoints.wait()

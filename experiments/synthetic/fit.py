@@ -35,6 +35,7 @@ class FitConfig:
 
     Attributes:
       epochs: times that every example is seen.
+      least_steps: steps at least; where examples are few they are seen more often for it.
       batch_size: examples per step.
       warmup_steps: steps of linear warm-up, at most a tenth of all.
       final_lr: learning rate at the end.
@@ -42,6 +43,7 @@ class FitConfig:
     """
 
     epochs: int = 200
+    least_steps: int = 0
     batch_size: int = 32
     warmup_steps: int = 750
     final_lr: float = 1e-5
@@ -50,8 +52,14 @@ class FitConfig:
     def __post_init__(self):
         if min(self.epochs, self.batch_size) < 1:
             raise ValueError(f"FitConfig: epochs={self.epochs} and batch_size={self.batch_size} must be at least 1.")
+        if self.least_steps < 0:
+            raise ValueError(f"FitConfig: least_steps={self.least_steps} is negative; 0 asks for no more than epochs.")
         if self.final_lr <= 0:
             raise ValueError(f"FitConfig: final_lr={self.final_lr} must be positive.")
+
+    def most_epochs(self, steps: int) -> int:
+        """Returns the epochs of so many steps after which training ends at the latest."""
+        return max(self.epochs, -(-self.least_steps // steps))
 
     def optimizer(self, choice: Choice, num_steps: int) -> optax.GradientTransformation:
         """Returns AdamW with warm-up and cosine.
@@ -103,7 +111,8 @@ def fit(
       mesh: devices that share every batch.
     """
     begin, steps = time.perf_counter(), len(train.inputs) // config.batch_size
-    optimizer = config.optimizer(choice, steps * config.epochs)
+    epochs = config.most_epochs(steps)
+    optimizer = config.optimizer(choice, steps * epochs)
     rng, done, loss, predictions = np.random.default_rng(choice.seed), 0, math.nan, None
     with jax.set_mesh(mesh):
         params = jax.eval_shape(boxed, jax.random.key(choice.seed))
@@ -112,7 +121,7 @@ def fit(
         state = params, jax.jit(optimizer.init)(params)
         epoch = jax.jit(partial(_epoch, apply, optimizer), donate_argnums=0, compiler_options=compiler_options())
         test_now = predictor(apply, test.inputs, config.batch_size, mesh)
-        while done < config.epochs and (predictions is None or accuracy(predictions) < GOOD_ENOUGH):
+        while done < epochs and (predictions is None or accuracy(predictions) < GOOD_ENOUGH):
             order = rng.permutation(len(train.inputs))[: steps * config.batch_size]
             state, loss = epoch(state, *(_batches(x, order, config.batch_size, mesh) for x in train))
             predictions = test_now(state[0])

@@ -26,14 +26,13 @@ def examples(number: int, *, shifted: bool) -> Examples:
     return Examples(ids, (np.roll(ids, 1, axis=1) if shifted else ids) + 1)
 
 
-def learn(mixer: str, *, compresses: bool = False, epochs: int = 20, seed: int = 0):
+def learn(mixer: str, *, compresses: bool = False, fit: FitConfig = FIT, seed: int = 0):
     train, test = (examples(number, shifted=not compresses) for number in (512, 70))
 
     def accuracy(predictions):
         return float(np.mean((predictions == test.targets)[:, 1:]))
 
     shape, choice = dataclasses.replace(SHAPE, pattern=(mixer,)), Choice(1e-2, 0.01, seed)
-    fit = dataclasses.replace(FIT, epochs=epochs)
     found = fit_model(shape, train, test, accuracy, fit, choice, make_mesh(MeshConfig()), compresses=compresses)
     return found, accuracy(found.predictions)
 
@@ -49,9 +48,16 @@ def test_an_auto_encoder_learns_more_than_the_most_frequent_id():
 
 
 def test_the_same_seed_is_the_same_model_and_another_is_not():
-    one, again, other = (learn("gla", epochs=1, seed=seed)[0] for seed in (3, 3, 4))
+    one, again, other = (learn("gla", fit=dataclasses.replace(FIT, epochs=1), seed=seed)[0] for seed in (3, 3, 4))
     np.testing.assert_array_equal(one.predictions, again.predictions)
     assert one.loss == again.loss != other.loss
+
+
+def test_few_examples_are_seen_more_often_so_that_every_task_has_its_steps():
+    fit = dataclasses.replace(FIT, epochs=3, least_steps=100)
+    assert [fit.most_epochs(steps) for steps in (400, 34, 8)] == [3, 3, 13]
+    short, long = (dataclasses.replace(FIT, epochs=1, batch_size=256, least_steps=steps) for steps in (0, 6))
+    assert [learn("gla", fit=fit)[0].num_epochs for fit in (short, long)] == [1, 3]
 
 
 def test_mad_writes_a_table_with_the_papers_figures_and_goes_on_where_it_was(tmp_path, capsys):
@@ -104,6 +110,7 @@ def test_regbench_writes_the_best_choice_of_each_mixer(tmp_path):
         (mad, ["--mixers", "hawk+mesa+gla"], "hawk.mesa.gla does not fill 2 layers evenly; take a multiple of 3"),
         (mad, ["--fit.batch-size", "33"], "fit.batch_size: 33 cannot be shared evenly by 2 devices"),
         (mad, ["--fit.epochs", "0"], "epochs=0 and batch_size=32 must be at least 1"),
+        (mad, ["--fit.least-steps", "-1"], "least_steps=-1 is negative"),
         (mad, ["--tasks", "typing"], "invalid choice.*typing"),
         (
             mad,

@@ -1,5 +1,6 @@
 """The model of lm-eval answers as the model of the run does, whatever is batched, however long the text."""
 
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -46,11 +47,17 @@ def ask(*arguments):
     return SimpleNamespace(args=arguments)
 
 
+@functools.cache
+def compiled(model):
+    return jax.jit(model.apply)
+
+
 def logs(run, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihoods of the text's bytes by one call of the model, and the most likely ones."""
     ids = run.tokenizer.encode(text)
-    tokens = jnp.asarray([run.tokenizer.bos, *ids])[None]
-    logits = run.model.apply(run.params, tokens)[0][0, :-1]
+    tokens = np.zeros((1, 600), np.int32)  # what comes after a text says nothing of it, and one length compiles once
+    tokens[0, : len(ids) + 1] = run.tokenizer.bos, *ids
+    logits = compiled(run.model)(run.params, tokens)[0][0, : len(ids)]
     return np.asarray(jax.nn.log_softmax(logits)[np.arange(len(ids)), ids]), np.asarray(jnp.argmax(logits, -1))
 
 

@@ -16,7 +16,7 @@ demo: setup  ## a MesaNet against a Transformer on real text, then a frozen mixt
 	$(RUN) -m experiments.mesanet.demo
 	$(RUN) -m experiments.r2t2.demo
 
-test: check  ## everything that must hold (forty minutes)
+test: check  ## everything that must hold (half an hour)
 	$(RUN) -m pytest
 
 check: setup  ## style and types

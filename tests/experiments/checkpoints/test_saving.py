@@ -159,6 +159,30 @@ def test_a_full_disk_is_told_once_and_the_same_step_can_be_saved_again(folder, f
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+def test_a_writer_that_comes_back_after_its_save_has_failed_spoils_no_later_one(folder, monkeypatch):
+    drafts, write = [], manifest.write
+
+    def write_late(draft, content):
+        drafts.append(draft)
+        if len(drafts) == 1:
+            raise OSError(28, "No space left on device")
+        if len(drafts) == 2:
+            drafts[0].mkdir(exist_ok=True)
+            (drafts[0] / "late").write_text("of the first try")
+        write(draft, content)
+
+    monkeypatch.setattr(manifest, "write", write_late)
+    with Checkpoints(folder, keep=3) as checkpoints:
+        checkpoints.save(40, make_state(40))
+        with pytest.raises(UserError, match="No space left"):
+            checkpoints.wait()
+        checkpoints.save(40, make_state(41))
+        checkpoints.wait()
+        assert bits(checkpoints.restore(40, make_state(0))) == bits(make_state(41))
+        checkpoints.save(50, make_state(50))
+    assert names(folder) == ["30", "40", "50"]  # what the first try left is swept away by the next save
+
+
 @pytest.mark.parametrize("ends", ["check", "save", "close"])
 def test_what_fails_in_the_background_is_told_at_the_next_call(ends, folder, monkeypatch):
     def refuse(*_):

@@ -43,7 +43,7 @@ def setup(request):
     return model, params, tokens, jax.jit(model.apply)
 
 
-def apply(model, *arguments):
+def compute(model, *arguments):
     return jax.jit(model.apply)(*arguments)
 
 
@@ -142,8 +142,8 @@ def test_recomputing_activations_changes_no_gradient(remat):
 
 def test_bfloat16_activations_stay_near_float32_with_state_in_float32():
     model, params, tokens = make("mesa")
-    expected, _ = apply(model, params, tokens)
-    logits, state = apply(MesaNet(dataclasses.replace(model.config, dtype="bfloat16")), params, tokens)
+    expected, _ = compute(model, params, tokens)
+    logits, state = compute(MesaNet(dataclasses.replace(model.config, dtype="bfloat16")), params, tokens)
     assert logits.dtype == jnp.float32
     assert state[0].memory.kk.dtype == state[0].memory.kv.dtype == jnp.float32
     close(logits, expected, "bfloat16")
@@ -195,9 +195,9 @@ def test_a_read_out_of_its_own_begins_like_a_tied_one_and_is_used():
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))
     table = params["params"]["read_out"]["kernel"]
     assert float(jnp.std(table)) == pytest.approx(32**-0.5, rel=0.02)
-    logits, _ = apply(model, params, tokens)
+    logits, _ = compute(model, params, tokens)
     params["params"]["read_out"]["kernel"] = 100 * table
-    tolerances.assert_near(apply(model, params, tokens)[0], 100 * logits, 1e-5)
+    tolerances.assert_near(compute(model, params, tokens)[0], 100 * logits, 1e-5)
 
 
 def test_layers_are_reported_from_the_bottom_up_however_many_a_pattern_has():
@@ -211,7 +211,7 @@ def test_full_input_strength_bounds_the_forget_gate():
     gates = params["params"]["layers"]["mesa_0"]["mixer"]
     gates["input_gate"]["bias"] = jnp.full_like(gates["input_gate"]["bias"], 30.0)
     # with both gates open a repeated key is summed to at most 1 / (1 - 0.9975) = 400
-    _, state = apply(model, params, jnp.zeros((1, 2000), jnp.int32))
+    _, state = compute(model, params, jnp.zeros((1, 2000), jnp.int32))
     largest = jnp.linalg.eigvalsh(state[0].memory.kk).max()
     assert 350 < largest < 400.5
 
@@ -219,7 +219,7 @@ def test_full_input_strength_bounds_the_forget_gate():
 def test_logits_are_capped():
     model, params, tokens = make("mesa")
     params = jax.tree.map(lambda x: 100 * x, params)
-    logits, _ = apply(model, params, tokens)
+    logits, _ = compute(model, params, tokens)
     assert jnp.abs(logits).max() <= SMALL.logit_cap
     assert jnp.abs(logits).max() > 0.9 * SMALL.logit_cap
 
@@ -242,10 +242,10 @@ def test_a_model_without_mesa_layers_has_no_report():
 
 def test_no_solver_steps_leave_gated_linear_attention():
     model, params, tokens = make("mesa", solver=SolverConfig(max_steps=0))
-    logits, _ = apply(model, params, tokens)
+    logits, _ = compute(model, params, tokens)
     exact = MesaNet(dataclasses.replace(model.config, solver=SolverConfig(max_steps=16, tolerance=0.0)))
     assert jnp.isfinite(logits).all()
-    assert not np.allclose(logits, apply(exact, params, tokens)[0], atol=1e-3)
+    assert not np.allclose(logits, compute(exact, params, tokens)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def findings(measured: Measured) -> list[str]:
             said.append(
                 f"Against {measured.run.name} the loss of {other.effort.label} is {_banded(other.extra, signed=True)} "
                 f"{UNIT}{_told_apart(other.extra)}, for {other.effort.flops / own.effort.flops:.2f} times the "
-                f"arithmetic and {other.time[0]:.2f} times the time; a second reading saves it "
-                f"{other.recall.mean:.3f} {UNIT}, {measured.run.name} {own.recall.mean:.3f}."
+                f"arithmetic and {other.time[0]:.2f} times the time; a second reading changes "
+                f"its loss by {-other.recall.mean:+.3f} {UNIT}, that of {measured.run.name} by {-own.recall.mean:+.3f}."
             )
     return [*said, _remembering(measured), _growing(measured)]
 

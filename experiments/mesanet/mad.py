@@ -184,7 +184,7 @@ def table(config: MadConfig, entries: list[dict]) -> str:
         lines.append(f"| {mixer} | " + " | ".join(shown) + " |")
     what = "All difficulties" if config.harder else "The baseline of each task alone"
     choices = len(config.peak_lrs) * len(config.weight_decays)
-    least = f" or {config.fit.least_steps:,} steps" if config.fit.least_steps else ""
+    least = f" or {config.fit.least_steps:,} steps, whichever is more," if config.fit.least_steps else ""
     lines.append(
         f"\nPer cent of right answers, the mean over ids, with the interval over test sequences; in brackets arXiv "
         f"2506.05233, table 9. {what}, {config.fit.epochs} epochs{least} at most, the best of {choices} choices of "

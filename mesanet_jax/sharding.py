@@ -89,6 +89,12 @@ def whole_in_time(*arrays: jax.Array) -> list[jax.Array]:
     return [lay_out(x, "batch", None, "heads", None) for x in arrays]
 
 
+def parts_of_time(shape: tuple[int, int]) -> int:
+    """Returns in how many parts the mesh cuts the time of tokens [b, t]."""
+    mesh = _mesh_in_use()
+    return _size(mesh, _batch_and_time(mesh, shape)[1])
+
+
 def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns a table [y, d] once for every part that the mesh makes of tokens [b, t]: [r, s, y, d], d whole on each.
 

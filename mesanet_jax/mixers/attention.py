@@ -10,6 +10,10 @@ from mesanet_jax import layers, sharding
 from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.shapes import Activations, SegmentIds
 
+# A stripe of queries is a product of its own: with more of them less is computed in vain, and compiling takes longer.
+SMALLEST_STRIPE = 256
+MOST_STRIPES = 8
+
 
 class AttentionState(NamedTuple):
     """A ring of the last s tokens: the token at position p sits in slot p mod s."""
@@ -42,7 +46,10 @@ class Attention(nn.Module):
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
         k, v = sharding.whole_in_time(k, v)
         seen = _Seen(k, v, jnp.broadcast_to(positions, x.shape[:2]), segment_ids)
-        out = attend(q, positions, segment_ids, _remembered(state, segment_ids, seen), self.span)
+        if state is None and sharding.parts_of_time(x.shape[:2]) == 1:
+            out = attend_in_stripes(q, positions, segment_ids, seen, self.span)
+        else:
+            out = attend(q, positions, segment_ids, _remembered(state, segment_ids, seen), self.span)
         return layers.merge_heads(c, "out")(out), _remember(state, seen, positions, self.span)
 
 
@@ -70,6 +77,18 @@ def attend(q: jax.Array, positions: jax.Array, segment_ids: SegmentIds, seen: _S
     near = (lag >= 0) & (lag < span) & (seen.positions[:, None, :] >= 0)
     same = segment_ids[:, :, None] == seen.segment_ids[:, None, :]
     return jax.nn.dot_product_attention(q, seen.k, seen.v, mask=(near & same)[:, None])
+
+
+def attend_in_stripes(q: jax.Array, positions: jax.Array, segment_ids: SegmentIds, seen: _Seen, span: int) -> jax.Array:
+    """Returns `attend` of a sequence to itself; each stripe of queries is shown only what it may attend to."""
+    length, found = q.shape[1], []
+    size = max(SMALLEST_STRIPE, -(-length // MOST_STRIPES))
+    for start in range(0, length, size):
+        own = slice(start, start + size)
+        near = slice(max(0, start - span + 1), start + size)
+        shown = jax.tree.map(lambda x, near=near: x[:, near], seen)
+        found.append(attend(q[:, own], positions[own], segment_ids[:, own], shown, span))
+    return jnp.concatenate(found, axis=1)
 
 
 def _remembered(state: AttentionState | None, segment_ids: SegmentIds, new: _Seen) -> _Seen:

@@ -46,11 +46,18 @@ class Attention(nn.Module):
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
         k, v = sharding.whole_in_time(k, v)
         seen = _Seen(k, v, jnp.broadcast_to(positions, x.shape[:2]), segment_ids)
+        after = _remember(state, seen, positions, self.span)
         if state is None and sharding.parts_of_time(x.shape[:2]) == 1:
             out = attend_in_stripes(q, positions, segment_ids, seen, self.span)
+        elif state is None:
+            out = attend(q, positions, segment_ids, seen, self.span)
+        elif x.shape[1] == 1:  # what it overwrote in the ring lies too far back for it
+            out = attend(q, positions, segment_ids, _in_ring(after, segment_ids), self.span)
         else:
-            out = attend(q, positions, segment_ids, _remembered(state, segment_ids, seen), self.span)
-        return layers.merge_heads(c, "out")(out), _remember(state, seen, positions, self.span)
+            before = _in_ring(state, segment_ids)
+            seen = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), before, seen)
+            out = attend(q, positions, segment_ids, seen, self.span)
+        return layers.merge_heads(c, "out")(out), after
 
 
 class SlidingWindowAttention(Attention):
@@ -91,13 +98,10 @@ def attend_in_stripes(q: jax.Array, positions: jax.Array, segment_ids: SegmentId
     return jnp.concatenate(found, axis=1)
 
 
-def _remembered(state: AttentionState | None, segment_ids: SegmentIds, new: _Seen) -> _Seen:
-    """Puts the cache, which belongs to the first document, before the new tokens."""
-    if state is None:
-        return new
+def _in_ring(state: AttentionState, segment_ids: SegmentIds) -> _Seen:
+    """Returns the tokens of the ring, which belong to the first document of a call."""
     first = jnp.broadcast_to(segment_ids[:, :1], state.positions.shape)
-    old = _Seen(state.k, state.v, state.positions, first)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
+    return _Seen(state.k, state.v, state.positions, first)
 
 
 def _remember(state: AttentionState | None, new: _Seen, positions: jax.Array, span: int) -> AttentionState:

@@ -1,7 +1,7 @@
 """The operators against yardsticks of the same work, how memory and time grow, and what saving costs.
 
 Papers:   arXiv 2506.05233, appendix C (solver) and section 3 (cost); arXiv 2502.20395, section 3 (descent, neighbours).
-Command:  python -m experiments.bench        (part "mesa" needs the extra `bench`: PyTorch, on the CPU)
+Command:  python -m experiments.bench        (parts "mesa" and "public" need the extra `bench`: PyTorch, on the CPU)
 Cost:     about 22 minutes on 2 cores, 4 of them for part "solver", 11 for "saving"; run it on a machine that does
           nothing else.
 Expected: mesa_chunk at least 1.2 times PyTorch on every line, memory that grows with t to the power 1, flat decoding;
@@ -25,7 +25,7 @@ from experiments.bench import contract, growth, mixers, router, saving, search, 
 from pallas_kernels.mesa_chunk.cases import EASY, HARD, STUDY
 from pallas_kernels.router_descent.cases import BENCHMARK
 
-PARTS = ("mesa", "solver", "mixers", "router", "search", "saving")
+PARTS = ("mesa", "solver", "mixers", "public", "router", "search", "saving")
 TIMED = ("silu, 0.8-0.99", "low_rank, 0.95-1", "low_rank, 1")  # easy, in between and hard, for the shape of 145m
 
 
@@ -36,12 +36,13 @@ class BenchConfig:
     Attributes:
       output: folder for bench.json and bench.md.
       parts: "mesa" (solver layer), "solver" (its steps and work by preconditioner), "mixers" (layers of every kind),
+        "public" (these layers against other people's code),
         "router" (descent on routings), "search" (nearest neighbours), "saving" (checkpoints of a training).
       dims: head sizes.
       length: tokens of a sequence.
       num_heads: heads; the CPU devices share them evenly.
       num_devices: CPU devices, one per core.
-      rounds: turns that every contestant takes; a third of them in parts "solver", "mixers" and "saving".
+      rounds: turns that every contestant takes; a third of them in parts "solver", "mixers", "public" and "saving".
       num_adversaries: heads at the edge of what may be asked, of which none may give a number that is not finite.
       memory_lengths: lengths whose peak memory is asked for.
       contexts: contexts after which decoding is timed.
@@ -85,11 +86,12 @@ def main(config: BenchConfig) -> None:
         "mesa": measure_mesa,
         "solver": measure_solver,
         "mixers": measure_mixers,
+        "public": measure_public,
         "router": measure_router,
         "search": measure_search,
         "saving": measure_saving,
     }
-    if "mesa" in config.parts:
+    if {"mesa", "public"} & set(config.parts):
         _require_torch()
     jax.config.update("jax_num_cpu_devices", config.num_devices)
     try:
@@ -118,7 +120,7 @@ def main(config: BenchConfig) -> None:
 
 def _require_torch() -> None:
     try:
-        from experiments.bench import throughput  # noqa: F401
+        from experiments.bench import public, throughput  # noqa: F401
     except ModuleNotFoundError as error:
         raise cli.UserError(
             f"{error.name} is not installed, and it is the yardstick; pip install 'mesanet-jax[bench]' brings it."
@@ -171,6 +173,14 @@ def measure_mixers(config: BenchConfig) -> tuple[dict, list[str]]:
     """Returns numbers and lines about the mixers of mesanet_jax."""
     rows = mixers.compare(config.length, -(-config.rounds // 3))
     return {"mixers": [row._asdict() for row in rows]}, mixers.lines(rows, config.length)
+
+
+def measure_public(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about the mixers of mesanet_jax against other people's code."""
+    from experiments.bench import public
+
+    rows = public.compare(config.length, -(-config.rounds // 3))
+    return {"public": [row._asdict() for row in rows]}, public.lines(rows, config.length)
 
 
 def measure_router(config: BenchConfig) -> tuple[dict, list[str]]:

@@ -36,13 +36,18 @@ def compare(length: int, rounds: int, shape: MesaNetConfig | None = None) -> lis
     Raises:
       UserError: a mixer does not decode what it computes in one go; nothing is timed then.
     """
-    shape = dataclasses.replace(shape or SIZES["145m"], dtype="float32", max_context=length, window=length // 2)
-    layers = {name: _Layer(name, shape, length) for name in MIXERS}
+    shape = shape_for(length, shape or SIZES["145m"])
+    layers = {name: Layer(name, shape, length) for name in MIXERS}
     for layer in layers.values():
         layer.check()
     training = take_turns({name: layer.train for name, layer in layers.items()}, rounds)
     decoding = take_turns({name: layer.decode for name, layer in layers.items()}, 4 * rounds)
     return [Row(name, _faster(training, name), _faster(decoding, name)) for name in layers]
+
+
+def shape_for(length: int, shape: MesaNetConfig) -> MesaNetConfig:
+    """Returns sizes in float32 for sequences of so many tokens, of which a sliding window sees half."""
+    return dataclasses.replace(shape, dtype="float32", max_context=length + 1, window=length // 2)
 
 
 def lines(rows: list[Row], length: int) -> list[str]:
@@ -60,33 +65,42 @@ def lines(rows: list[Row], length: int) -> list[str]:
     return found
 
 
-class _Layer:
-    """A mixer, its parameters and what it is applied to."""
+class Layer:
+    """A mixer, its parameters and what it is applied to: rows [b, t + 1, d], the last token of which is decoded."""
 
     def __init__(self, name: str, shape: MesaNetConfig, length: int):
         layer, self._name = MIXERS[name](shape), name
-        self._x = jax.random.normal(jax.random.key(0), (ROWS, length, shape.model_dim))
-        self._params = nn.unbox(layer.init(jax.random.key(1), self._x[:1, :1], None, None))
+        self.x = jax.random.normal(jax.random.key(0), (ROWS, length + 1, shape.model_dim))
+        self.params = nn.unbox(layer.init(jax.random.key(1), self.x[:1, :1], None, None))
         self._apply = jax.jit(lambda params, x, state: layer.apply(params, x, state, None))
         self._pull = jax.jit(jax.grad(lambda params, x: layer.apply(params, x, None, None)[0].sum(), argnums=(0, 1)))
-        _, self._state = self._apply(self._params, self._x[:, :-1], None)
+        _, self._state = self._apply(self.params, self.x[:, :-1], None)
 
-    def train(self) -> None:
+    def read(self) -> jax.Array:
+        """The outputs of the sequence that is trained on."""
+        return self._apply(self.params, self.x[:1, :-1], None)[0]
+
+    def train(self) -> tuple[dict, jax.Array]:
         """One sequence forward and backward."""
-        jax.block_until_ready(self._pull(self._params, self._x[:1]))
+        return jax.block_until_ready(self._pull(self.params, self.x[:1, :-1]))
 
     def decode(self) -> jax.Array:
         """One token of every sequence, after all the others."""
-        return jax.block_until_ready(self._apply(self._params, self._x[:, -1:], self._state))[0]
+        return jax.block_until_ready(self._apply(self.params, self.x[:, -1:], self._state))[0]
 
     def check(self) -> None:
         """Raises UserError if decoding is not what reading the sequence in one go gives."""
-        whole, _ = self._apply(self._params, self._x, None)
-        error = float(jnp.max(jnp.abs(self.decode() - whole[:, -1:])) / jnp.max(jnp.abs(whole[:, -1:])))
+        whole, _ = self._apply(self.params, self.x, None)
+        error = difference(self.decode(), whole[:, -1:])
         if not error < ALIKE:
             raise UserError(
                 f"{self._name} decodes what is {error:.1e} off its sequence; nothing is timed before it agrees."
             )
+
+
+def difference(found, expected) -> float:
+    """Returns the largest one, relative to the largest of what is expected."""
+    return float(jnp.max(jnp.abs(jnp.asarray(found) - expected)) / jnp.max(jnp.abs(expected)))
 
 
 def _faster(times: dict[str, Timing], name: str) -> tuple[float, float, float]:

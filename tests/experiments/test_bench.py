@@ -37,13 +37,27 @@ def test_a_wrong_operator_is_not_timed(monkeypatch):
         contract.check(("one_token",))
 
 
-def test_without_torch_one_sentence_says_how_to_get_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("part", ["mesa", "public"])
+def test_without_torch_one_sentence_says_how_to_get_it(part, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "experiments.bench.throughput", raising=False)
-    monkeypatch.delitem(sys.modules, "experiments.bench.yardstick", raising=False)
+    for name in ("public", "public_mixers", "throughput", "yardstick"):
+        monkeypatch.delitem(sys.modules, f"experiments.bench.{name}", raising=False)
     with pytest.raises(UserError) as caught:
-        main(BenchConfig(output=tmp_path))
+        main(BenchConfig(output=tmp_path, parts=("router", part)))
     assert str(caught.value).startswith("torch is not installed") and "mesanet-jax[bench]" in str(caught.value)
+
+
+def test_public_code_that_computes_something_else_is_not_timed(monkeypatch):
+    pytest.importorskip("transformers", reason="needs the extra bench")
+    from experiments.bench import public, public_mixers
+
+    shape = MesaNetConfig(model_dim=32, num_heads=2, key_dim=16, value_dim=16)
+    rows = public.compare(256, rounds=2, shape=shape)
+    assert [row.mixer for row in rows] == list(MIXERS) and min(row.training[0] for row in rows) > 0
+    assert public.lines(rows, 256)[4].startswith("| mesa | ")
+    monkeypatch.setitem(public_mixers.LAYERS, "gla", public_mixers.LAYERS["mamba2"])
+    with pytest.raises(UserError, match=r"gla is \d.\de.* off public code; nothing is timed before it agrees"):
+        public.compare(256, rounds=2, shape=shape)
 
 
 @pytest.mark.parametrize("field", [dict(num_devices=3), dict(length=1000), dict(rounds=1)])
@@ -81,6 +95,6 @@ def test_every_mixer_is_timed_beside_attention_and_none_that_decodes_something_e
     assert [row.mixer for row in rows] == ["gla", "attention"]
     assert rows[1].training[0] == rows[1].decoding[0] == 1 and rows[0].training[0] > 0
     assert mixers.lines(rows, 32)[-1].startswith("| attention | 1.00 (1.00 to 1.00) |")
-    monkeypatch.setattr(mixers._Layer, "decode", lambda self: self._apply(self._params, self._x[:, -1:], None)[0])
+    monkeypatch.setattr(mixers.Layer, "decode", lambda self: self._apply(self.params, self.x[:, -1:], None)[0])
     with pytest.raises(UserError, match=r"gla decodes what is \d.\de.* off its sequence; nothing is timed before"):
         mixers.compare(32, rounds=2, shape=shape)

@@ -1,4 +1,4 @@
-"""Every mixer computes what other people's code computes, forward and backward (record.py says whose)."""
+"""Every mixer computes what other people's code computes (experiments.bench.public_mixers), forward and backward."""
 
 import flax
 import jax

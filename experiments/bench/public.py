@@ -1,0 +1,122 @@
+"""Every mixer against the code that others publish for it, as one layer of the 145m model with the same parameters."""
+
+import dataclasses
+from functools import cached_property
+from typing import NamedTuple
+
+import flax
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+
+from experiments.bench import mixers, public_mixers
+from experiments.bench.clock import ratio, take_turns
+from experiments.cli import UserError
+from mesanet_jax import SIZES, MesaNetConfig
+from mesanet_jax.mixers import MIXERS
+
+ALIKE = 2e-5  # outputs and gradients of x, relative; float32
+SOLVED_ALIKE = 0.2  # 30 steps with an absolute epsilon in them are not ours; most of all in the gradient
+
+torch.set_flush_denormal(True)
+
+
+class Row(NamedTuple):
+    """Tokens per second over those of public code, with quartiles."""
+
+    mixer: str
+    training: tuple[float, float, float]
+    decoding: tuple[float, float, float]
+    chunk: int  # tokens that the public code reads at once
+    differences: tuple[float, ...]  # in outputs, decoded outputs and gradients of x
+
+
+def compare(length: int, rounds: int, shape: MesaNetConfig | None = None) -> list[Row]:
+    """Measures mixers and public code by turns, mixer by mixer, with as many threads.
+
+    Args:
+      length: tokens of a sequence that is trained on, and of the context that decoding goes on with.
+      rounds: turns.
+      shape: sizes; None takes those of 145m, in float32.
+
+    Raises:
+      UserError: they do not compute the same; nothing is timed then.
+    """
+    shape = dataclasses.replace(mixers.shape_for(length, shape or SIZES["145m"]), gate_bound=1.0)  # theirs have none
+    return [_row(name, shape, length, rounds) for name in MIXERS]
+
+
+def lines(rows: list[Row], length: int) -> list[str]:
+    """Returns a table."""
+    found = [
+        f"One layer of the 145m model against public code in PyTorch, times faster: training on {length:,} tokens, "
+        f"forward and backward; decoding {mixers.ROWS} sequences after as many. Quartiles in brackets; differences are "
+        f"relative to the largest output.",
+        "",
+        "| mixer | training | decoding | its chunk | differs by, decoding, gradient |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shown = (f"{best:.2f} ({low:.2f} to {high:.2f})" for best, low, high in (row.training, row.decoding))
+        apart = ", ".join(f"{x:.0e}" for x in row.differences)
+        found.append(f"| {row.mixer} | {' | '.join(shown)} | {row.chunk} | {apart} |")
+    return found
+
+
+def _row(name: str, shape: MesaNetConfig, length: int, rounds: int) -> Row:
+    ours = mixers.Layer(name, shape, length)
+    ours.check()
+    theirs = {str(chunk): _Public(name, shape, ours, chunk) for chunk in public_mixers.chunks(name)}
+    times = take_turns({chunk: layer.train for chunk, layer in theirs.items()}, 1)
+    chunk = min(times, key=lambda chunk: times[chunk].best)
+    both = {"ours": ours, "theirs": theirs[chunk]}
+    differences = theirs[chunk].check(ours)
+    training = take_turns({who: layer.train for who, layer in both.items()}, rounds)
+    decoding = take_turns({who: layer.decode for who, layer in both.items()}, 4 * rounds)
+    print(f"{name} against public code: done", flush=True)
+    faster = [ratio(times["theirs"], times["ours"]) for times in (training, decoding)]
+    return Row(name, faster[0], faster[1], int(chunk), differences)
+
+
+class _Public:
+    """What others publish for a mixer, with the parameters and inputs of ours."""
+
+    def __init__(self, name: str, shape: MesaNetConfig, ours: mixers.Layer, chunk: int):
+        self._name, self._layer = name, public_mixers.Layer(name, shape, chunk)
+        flat = flax.traverse_util.flatten_dict(ours.params["params"], sep="/")
+        self._params = {path: _tensor(value).requires_grad_() for path, value in flat.items()}
+        self._x = _tensor(ours.x)
+
+    @cached_property
+    def _state(self):
+        return self._layer(self._params, self._x[:, :-1])[1]
+
+    def train(self):
+        """One sequence forward and backward; returns its outputs and the gradient of x."""
+        x = self._x[:1, :-1].clone().requires_grad_()
+        for leaf in self._params.values():
+            leaf.grad = None
+        y, _ = self._layer(self._params, x)
+        y.sum().backward()
+        return y.detach(), x.grad
+
+    def decode(self):
+        """One token of every sequence, after all the others."""
+        with torch.no_grad():
+            return self._layer(self._params, self._x[:, -1:], self._state)[0]
+
+    def check(self, ours: mixers.Layer) -> tuple[float, ...]:
+        """Returns the differences from ours.
+
+        Raises:
+          UserError: they are more than rounding, or for a solver more than what it leaves.
+        """
+        y, dx = self.train()
+        pairs = ((y, ours.read()), (self.decode(), ours.decode()), (dx, ours.train()[1]))
+        found = tuple(mixers.difference(theirs.numpy(), same) for theirs, same in pairs)
+        if not max(found) < (SOLVED_ALIKE if self._name == "mesa" else ALIKE):
+            raise UserError(f"{self._name} is {max(found):.1e} off public code; nothing is timed before it agrees.")
+        return found
+
+
+def _tensor(x):
+    return torch.from_numpy(np.array(x, np.float32))

@@ -18,8 +18,8 @@ MOST_STRIPES = 8
 class AttentionState(NamedTuple):
     """A ring of the last s tokens: the token at position p sits in slot p mod s."""
 
-    k: jax.Array  # [b, s, h, k]
-    v: jax.Array  # [b, s, h, v]
+    k: jax.Array  # [b, h, s, k]
+    v: jax.Array  # [b, h, s, v]
     positions: jax.Array  # [b, s] int32, position of the token in each slot; -1 where the slot is empty
     next_position: jax.Array  # [] int32
 
@@ -45,6 +45,7 @@ class Attention(nn.Module):
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
         k, v = sharding.whole_in_time(k, v)
+        q, k, v = (jnp.moveaxis(y, 1, 2) for y in (q, k, v))
         seen = _Seen(k, v, jnp.broadcast_to(positions, x.shape[:2]), segment_ids)
         after = _remember(state, seen, positions, self.span)
         if state is None and sharding.parts_of_time(x.shape[:2]) == 1:
@@ -54,10 +55,10 @@ class Attention(nn.Module):
         elif x.shape[1] == 1:  # what it overwrote in the ring lies too far back for it
             out = attend(q, positions, segment_ids, _in_ring(after, segment_ids), self.span)
         else:
-            before = _in_ring(state, segment_ids)
-            seen = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), before, seen)
+            both = zip(_in_ring(state, segment_ids), seen, strict=True)
+            seen = _Seen(*(jnp.concatenate(pair, axis=pair[0].ndim // 2) for pair in both))
             out = attend(q, positions, segment_ids, seen, self.span)
-        return layers.merge_heads(c, "out")(out), after
+        return layers.merge_heads(c, "out")(jnp.moveaxis(out, 1, 2)), after
 
 
 class SlidingWindowAttention(Attention):
@@ -72,30 +73,34 @@ class SlidingWindowAttention(Attention):
 class _Seen(NamedTuple):
     """Tokens that queries may attend to."""
 
-    k: jax.Array  # [b, s, h, k]
-    v: jax.Array  # [b, s, h, v]
+    k: jax.Array  # [b, h, s, k]
+    v: jax.Array  # [b, h, s, v]
     positions: jax.Array  # [b, s]
     segment_ids: jax.Array  # [b, s]
 
 
 def attend(q: jax.Array, positions: jax.Array, segment_ids: SegmentIds, seen: _Seen, span: int) -> jax.Array:
-    """Returns attention of q [b, t, h, k] at positions [t] to the seen tokens of its document at most span - 1 back."""
+    """Returns attention of q [b, h, t, k] at positions [t] to the seen tokens of its document at most span - 1 back.
+
+    Like jax.nn.dot_product_attention, which takes time before heads: on a CPU it then copies every cache that it reads.
+    """
     lag = positions[None, :, None] - seen.positions[:, None, :]
     near = (lag >= 0) & (lag < span) & (seen.positions[:, None, :] >= 0)
     same = segment_ids[:, :, None] == seen.segment_ids[:, None, :]
-    return jax.nn.dot_product_attention(q, seen.k, seen.v, mask=(near & same)[:, None])
+    logits = jnp.einsum("bhtk,bhsk->bhts", q, seen.k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.where((near & same)[:, None], logits, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhts,bhsv->bhtv", jax.nn.softmax(logits).astype(seen.v.dtype), seen.v)
 
 
 def attend_in_stripes(q: jax.Array, positions: jax.Array, segment_ids: SegmentIds, seen: _Seen, span: int) -> jax.Array:
     """Returns `attend` of a sequence to itself; each stripe of queries is shown only what it may attend to."""
-    length, found = q.shape[1], []
+    length, found = q.shape[2], []
     size = max(SMALLEST_STRIPE, -(-length // MOST_STRIPES))
     for start in range(0, length, size):
-        own = slice(start, start + size)
-        near = slice(max(0, start - span + 1), start + size)
-        shown = jax.tree.map(lambda x, near=near: x[:, near], seen)
-        found.append(attend(q[:, own], positions[own], segment_ids[:, own], shown, span))
-    return jnp.concatenate(found, axis=1)
+        own, near = slice(start, start + size), slice(max(0, start - span + 1), start + size)
+        shown = _Seen(seen.k[:, :, near], seen.v[:, :, near], seen.positions[:, near], seen.segment_ids[:, near])
+        found.append(attend(q[:, :, own], positions[own], segment_ids[:, own], shown, span))
+    return jnp.concatenate(found, axis=2)
 
 
 def _in_ring(state: AttentionState, segment_ids: SegmentIds) -> _Seen:
@@ -106,16 +111,16 @@ def _in_ring(state: AttentionState, segment_ids: SegmentIds) -> _Seen:
 
 def _remember(state: AttentionState | None, new: _Seen, positions: jax.Array, span: int) -> AttentionState:
     """Writes the new tokens of the last document into the ring, over the oldest."""
-    batch, length = new.positions.shape
+    (batch, length), heads = new.positions.shape, new.k.shape[1]
     documents = jax.lax.cummax(new.segment_ids, axis=1)  # padding belongs to the document before it
     current = (new.segment_ids == documents[:, -1:]) & (new.segment_ids >= 0)
     recent = new._replace(positions=jnp.where(current, new.positions, -1))
-    recent = jax.tree.map(lambda x: x[:, -span:], recent)
+    recent = jax.tree.map(lambda x: x[:, :, -span:] if x.ndim == 4 else x[:, -span:], recent)
     slots = positions[-span:] % span
     if state is None:
         empty = AttentionState(
-            k=jnp.zeros((batch, span, *new.k.shape[2:]), new.k.dtype),
-            v=jnp.zeros((batch, span, *new.v.shape[2:]), new.v.dtype),
+            k=jnp.zeros((batch, heads, span, new.k.shape[-1]), new.k.dtype),
+            v=jnp.zeros((batch, heads, span, new.v.shape[-1]), new.v.dtype),
             positions=jnp.full((batch, span), -1, jnp.int32),
             next_position=jnp.int32(0),
         )
@@ -124,8 +129,8 @@ def _remember(state: AttentionState | None, new: _Seen, positions: jax.Array, sp
         begun = documents[:, :1] != documents[:, -1:]
         empty = state._replace(positions=jnp.where(begun, -1, state.positions))
     return AttentionState(
-        k=empty.k.at[:, slots].set(recent.k),
-        v=empty.v.at[:, slots].set(recent.v),
+        k=empty.k.at[:, :, slots].set(recent.k),
+        v=empty.v.at[:, :, slots].set(recent.v),
         positions=empty.positions.at[:, slots].set(recent.positions),
         next_position=empty.next_position + length,
     )

@@ -16,7 +16,7 @@ def small_stripes(monkeypatch):
 
 
 def arrays(length: int):
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, length, 2, 8))
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 2, length, 8))
     places = jnp.arange(length, dtype=jnp.int32)
     documents = jnp.cumsum(jax.random.bernoulli(jax.random.key(1), 0.1, (2, length)), axis=1, dtype=jnp.int32)
     return q, k, v, places, documents.at[1, -2:].set(-1)

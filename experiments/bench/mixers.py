@@ -73,8 +73,10 @@ class Layer:
         self.x = jax.random.normal(jax.random.key(0), (ROWS, length + 1, shape.model_dim))
         self.params = nn.unbox(layer.init(jax.random.key(1), self.x[:1, :1], None, None))
         self._apply = jax.jit(lambda params, x, state: layer.apply(params, x, state, None))
+        self._go_on = jax.jit(lambda params, x, state: layer.apply(params, x, state, None), donate_argnums=2)
         self._pull = jax.jit(jax.grad(lambda params, x: layer.apply(params, x, None, None)[0].sum(), argnums=(0, 1)))
-        _, self._state = self._apply(self.params, self.x[:, :-1], None)
+        _, self._before = self._apply(self.params, self.x[:, :-1], None)
+        self._state = jax.tree.map(jnp.copy, self._before)
 
     def read(self) -> jax.Array:
         """The outputs of the sequence that is trained on."""
@@ -84,14 +86,18 @@ class Layer:
         """One sequence forward and backward."""
         return jax.block_until_ready(self._pull(self.params, self.x[:1, :-1]))
 
-    def decode(self) -> jax.Array:
-        """One token of every sequence, after all the others."""
-        return jax.block_until_ready(self._apply(self.params, self.x[:, -1:], self._state))[0]
+    def decode(self) -> None:
+        """The last token of every sequence, after all that were decoded before, the state being overwritten."""
+        _, self._state = jax.block_until_ready(self._go_on(self.params, self.x[:, -1:], self._state))
+
+    def decoded(self) -> jax.Array:
+        """What decoding gives first."""
+        return self._apply(self.params, self.x[:, -1:], self._before)[0]
 
     def check(self) -> None:
         """Raises UserError if decoding is not what reading the sequence in one go gives."""
         whole, _ = self._apply(self.params, self.x, None)
-        error = difference(self.decode(), whole[:, -1:])
+        error = difference(self.decoded(), whole[:, -1:])
         if not error < ALIKE:
             raise UserError(
                 f"{self._name} decodes what is {error:.1e} off its sequence; nothing is timed before it agrees."

@@ -111,7 +111,7 @@ class _Public:
           UserError: they are more than rounding, or for a solver more than what it leaves.
         """
         y, dx = self.train()
-        pairs = ((y, ours.read()), (self.decode(), ours.decode()), (dx, ours.train()[1]))
+        pairs = ((y, ours.read()), (self.decode(), ours.decoded()), (dx, ours.train()[1]))
         found = tuple(mixers.difference(theirs.numpy(), same) for theirs, same in pairs)
         if not max(found) < (SOLVED_ALIKE if self._name == "mesa" else ALIKE):
             raise UserError(f"{self._name} is {max(found):.1e} off public code; nothing is timed before it agrees.")

@@ -95,6 +95,6 @@ def test_every_mixer_is_timed_beside_attention_and_none_that_decodes_something_e
     assert [row.mixer for row in rows] == ["gla", "attention"]
     assert rows[1].training[0] == rows[1].decoding[0] == 1 and rows[0].training[0] > 0
     assert mixers.lines(rows, 32)[-1].startswith("| attention | 1.00 (1.00 to 1.00) |")
-    monkeypatch.setattr(mixers.Layer, "decode", lambda self: self._apply(self.params, self.x[:, -1:], None)[0])
+    monkeypatch.setattr(mixers.Layer, "decoded", lambda self: self._apply(self.params, self.x[:, -1:], None)[0])
     with pytest.raises(UserError, match=r"gla decodes what is \d.\de.* off its sequence; nothing is timed before"):
         mixers.compare(32, rounds=2, shape=shape)

@@ -2,12 +2,13 @@
 
 Papers:   arXiv 2506.05233, appendix C (solver) and section 3 (cost); arXiv 2502.20395, section 3 (descent, neighbours).
 Command:  python -m experiments.bench        (parts "mesa" and "public" need the extra `bench`: PyTorch, on the CPU)
-Cost:     about 22 minutes on 2 cores, 4 of them for part "solver", 11 for "saving"; run it on a machine that does
-          nothing else.
+Cost:     about half an hour on 2 cores, 4 minutes of it for part "solver", 5 for "public", 11 for "saving"; run it on a
+          machine that does nothing else.
 Expected: mesa_chunk at least 1.2 times PyTorch on every line, memory that grows with t to the power 1, flat decoding;
           at most 9 nested steps to 1e-4 and 12 to 1e-6, 0.4 times the work of plain ones on the hard half of the rows;
           router_descent at least 100 times a loop over inputs and neighbours, memory that grows with the batch to the
-          power 1; nearest neighbours within twice the matrix product alone; a checkpoint a minute costs at most 5 %.
+          power 1; nearest neighbours within twice the matrix product alone; a checkpoint a minute costs at most 5 %; no
+          mixer more than 1.3 times slower than public code.
 Measured: see the table in README.md. Only ratios taken within one run are written down.
 """
 
@@ -36,8 +37,8 @@ class BenchConfig:
     Attributes:
       output: folder for bench.json and bench.md.
       parts: "mesa" (solver layer), "solver" (its steps and work by preconditioner), "mixers" (layers of every kind),
-        "public" (these layers against other people's code),
-        "router" (descent on routings), "search" (nearest neighbours), "saving" (checkpoints of a training).
+        "public" (these layers against other people's code), "router" (descent on routings), "search" (nearest
+        neighbours), "saving" (checkpoints of a training).
       dims: head sizes.
       length: tokens of a sequence.
       num_heads: heads; the CPU devices share them evenly.

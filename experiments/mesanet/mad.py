@@ -1,7 +1,7 @@
 """MAD: which ability does which mixer have? Six tasks of tokens (arXiv 2403.17844) as in arXiv 2506.05233, table 9.
 
   python -m experiments.mesanet.mad smoke    mesa recalls what a window of 4 tokens cannot: 3 minutes on 2 cores
-  python -m experiments.mesanet.mad small    five mixers on every task at its baseline, in short: not timed yet
+  python -m experiments.mesanet.mad small    five mixers on every task at its baseline: 75 minutes on 2 cores
   python -m experiments.mesanet.mad paper    all difficulties, learning rates and decays: weeks on one GPU
 
 One line of cells.jsonl is one model trained on one setting; the same command goes on where it was. At the end a table
@@ -183,12 +183,13 @@ def table(config: MadConfig, entries: list[dict]) -> str:
         shown = [_percent(*pair) for pair in itertools.zip_longest([*ours, mean(ours)], [*theirs, *_mean(theirs)])]
         lines.append(f"| {mixer} | " + " | ".join(shown) + " |")
     what = "All difficulties" if config.harder else "The baseline of each task alone"
-    choices = len(config.peak_lrs) * len(config.weight_decays)
+    choices, seeds = len(config.peak_lrs) * len(config.weight_decays), len(config.seeds)
+    tried = f"the best of {choices} choices" if choices > 1 else "one choice"
     least = f" or {config.fit.least_steps:,} steps, whichever is more," if config.fit.least_steps else ""
     lines.append(
         f"\nPer cent of right answers, the mean over ids, with the interval over test sequences; in brackets arXiv "
-        f"2506.05233, table 9. {what}, {config.fit.epochs} epochs{least} at most, the best of {choices} choices of "
-        f"learning rate and weight decay, {len(config.seeds)} seeds."
+        f"2506.05233, table 9. {what}, {config.fit.epochs} epochs{least} at most, {tried} of learning rate and "
+        f"weight decay, {seeds} {'seeds' if seeds > 1 else 'seed'}."
     )
     return "\n".join(lines) + "\n"
 

@@ -14,10 +14,10 @@ from experiments.cli import UserError
 from mesanet_jax import SIZES, MesaNetConfig
 from mesanet_jax.mixers import MIXERS
 
-ALIKE = 2e-5  # outputs and gradients of x, relative; float32
-SOLVED_ALIKE = 0.2  # 30 steps with an absolute epsilon in them are not ours; most of all in the gradient
+ALIKE = (2e-5, 2e-5, 2e-5)  # outputs, decoded outputs and gradients of x, relative; float32
+SOLVED_ALIKE = (5e-3, 5e-3, 0.2)  # 30 steps with an absolute epsilon in them are not ours, least of all their gradient
 
-torch.set_flush_denormal(True)
+torch.set_flush_denormal(True)  # as XLA does, or else decayed states slow it down
 
 
 class Row(NamedTuple):
@@ -39,7 +39,7 @@ def compare(length: int, rounds: int, shape: MesaNetConfig | None = None) -> lis
       shape: sizes; None takes those of 145m, in float32.
 
     Raises:
-      UserError: they do not compute the same; nothing is timed then.
+      UserError: they do not compute the same; that mixer is not timed.
     """
     shape = dataclasses.replace(mixers.shape_for(length, shape or SIZES["145m"]), gate_bound=1.0)  # theirs have none
     return [_row(name, shape, length, rounds) for name in MIXERS]
@@ -66,15 +66,15 @@ def _row(name: str, shape: MesaNetConfig, length: int, rounds: int) -> Row:
     ours = mixers.Layer(name, shape, length)
     ours.check()
     theirs = {str(chunk): _Public(name, shape, ours, chunk) for chunk in public_mixers.chunks(name)}
+    differences = {chunk: layer.check(ours) for chunk, layer in theirs.items()}
     times = take_turns({chunk: layer.train for chunk, layer in theirs.items()}, 1)
     chunk = min(times, key=lambda chunk: times[chunk].best)
     both = {"ours": ours, "theirs": theirs[chunk]}
-    differences = theirs[chunk].check(ours)
     training = take_turns({who: layer.train for who, layer in both.items()}, rounds)
     decoding = take_turns({who: layer.decode for who, layer in both.items()}, 4 * rounds)
     print(f"{name} against public code: done", flush=True)
     faster = [ratio(times["theirs"], times["ours"]) for times in (training, decoding)]
-    return Row(name, faster[0], faster[1], int(chunk), differences)
+    return Row(name, faster[0], faster[1], int(chunk), differences[chunk])
 
 
 class _Public:
@@ -113,8 +113,9 @@ class _Public:
         y, dx = self.train()
         pairs = ((y, ours.read()), (self.decode(), ours.decoded()), (dx, ours.train()[1]))
         found = tuple(mixers.difference(theirs.numpy(), same) for theirs, same in pairs)
-        if not max(found) < (SOLVED_ALIKE if self._name == "mesa" else ALIKE):
-            raise UserError(f"{self._name} is {max(found):.1e} off public code; nothing is timed before it agrees.")
+        most = SOLVED_ALIKE if self._name == "mesa" else ALIKE
+        if not all(x < y for x, y in zip(found, most, strict=True)):
+            raise UserError(f"{self._name} is {max(found):.1e} off public code; it is not timed before it agrees.")
         return found
 
 

@@ -218,9 +218,10 @@ class _Cache:
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Returns keys and values [b, h, s, k] that the new ones may look at; a single one is not counted."""
         if not self._kept:
-            self.length = k.shape[2]
-            self._kept = [F.pad(y, (0, 0, 0, 1)) for y in (k, v)]
+            self.length, self._kept = k.shape[2], [k, v]
             return k, v
+        if self._kept[0].shape[2] == self.length:  # not earlier: training has no use for the room
+            self._kept = [F.pad(y, (0, 0, 0, 1)) for y in self._kept]
         for kept, new in zip(self._kept, (k, v), strict=True):
             kept[:, :, self.length :] = new
         k, v = (kept[:, :, max(0, self.length + 1 - self._span) :] for kept in self._kept)

@@ -56,7 +56,7 @@ def test_public_code_that_computes_something_else_is_not_timed(monkeypatch):
     assert [row.mixer for row in rows] == list(MIXERS) and min(row.training[0] for row in rows) > 0
     assert public.lines(rows, 256)[4].startswith("| mesa | ")
     monkeypatch.setitem(public_mixers.LAYERS, "gla", public_mixers.LAYERS["mamba2"])
-    with pytest.raises(UserError, match=r"gla is \d.\de.* off public code; nothing is timed before it agrees"):
+    with pytest.raises(UserError, match=r"gla is \d.\de.* off public code; it is not timed before it agrees"):
         public.compare(256, rounds=2, shape=shape)
 
 

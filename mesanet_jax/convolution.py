@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from mesanet_jax.documents import first_document
 from mesanet_jax.shapes import SegmentIds
 
 
@@ -20,7 +21,7 @@ def short_convolution(
       taps: [w, h, c], the current token's first.
       history: the inputs before them [b, w-1, h, c].
       segment_ids: documents of the inputs; None is one for all.
-      history_ids: documents of the history [b, w-1]; None is the first input's.
+      history_ids: documents of the history [b, w-1]; None is the first document of the inputs.
 
     Returns:
       (the sums, the history for what comes next).
@@ -28,7 +29,7 @@ def short_convolution(
     width, length = taps.shape[0], x.shape[1]
     padded, documents = jnp.concatenate([history, x], axis=1), None
     if segment_ids is not None:
-        first = jnp.repeat(segment_ids[:, :1], width - 1, axis=1)
+        first = jnp.repeat(first_document(segment_ids), width - 1, axis=1)
         documents = jnp.concatenate([first if history_ids is None else history_ids, segment_ids], axis=1)
     total = jnp.zeros_like(x)
     for lag in range(width):
@@ -42,9 +43,10 @@ def short_convolution(
 
 
 def _last_inputs(padded: jax.Array, documents: SegmentIds | None, count: int) -> jax.Array:
-    """The last `count` inputs, 0 where they are padding or of another document than the last token's."""
+    """The last `count` inputs, 0 where they are padding or of another document than the last."""
     last = padded[:, padded.shape[1] - count :]
     if documents is None:
         return last
     ids = documents[:, documents.shape[1] - count :]
-    return jnp.where(((ids == documents[:, -1:]) & (ids >= 0))[..., None, None], last, 0)
+    current = jnp.max(documents, axis=1, keepdims=True)
+    return jnp.where(((ids == current) & (ids >= 0))[..., None, None], last, 0)

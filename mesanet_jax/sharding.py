@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from mesanet_jax import convolution
+from mesanet_jax.documents import first_document
 from mesanet_jax.sequence_parallel import halo, of_last, state_before
 from pallas_kernels import MesaState, SolveReport, mesa_summary
 from pallas_kernels.mesa_chunk.contract import check_segment_ids, solver_dtype
@@ -148,7 +149,7 @@ def short_convolution(x, taps, history, segment_ids):
     def stretch(x, taps, history, segment_ids):
         ids = None
         if segment_ids is not None:
-            ids = halo(segment_ids, jnp.repeat(segment_ids[:, :1], history.shape[1], axis=1), time)
+            ids = halo(segment_ids, jnp.repeat(first_document(segment_ids), history.shape[1], axis=1), time)
         y, last = convolution.short_convolution(x, taps, halo(x, history, time), segment_ids, ids)
         return y, of_last(last, time)
 

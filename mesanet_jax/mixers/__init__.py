@@ -1,7 +1,8 @@
 """Token mixers, one file each, under one contract.
 
 A mixer is a Flax module over the config whose call takes (x [b, t, d], state or None, segment_ids or None) and returns
-(y [b, t, d], state). Cutting a sequence anywhere and carrying the state changes nothing.
+(y [b, t, d], state). Cutting a document anywhere and carrying the state changes nothing: the state belongs to the first
+document of the call. What comes out where there is padding means nothing.
 """
 
 from mesanet_jax.mixers.attention import Attention, SlidingWindowAttention

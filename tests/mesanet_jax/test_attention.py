@@ -1,4 +1,4 @@
-"""Attention cut into stripes is attention, and a window costs what it shows."""
+"""Attention cut into stripes is attention, and computes little in vain."""
 
 import jax
 import jax.numpy as jnp

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mesanet_jax.documents import first_document
+from mesanet_jax.documents import first_document, last_document
 from mesanet_jax.shapes import SegmentIds
 
 
@@ -48,5 +48,4 @@ def _last_inputs(padded: jax.Array, documents: SegmentIds | None, count: int) ->
     if documents is None:
         return last
     ids = documents[:, documents.shape[1] - count :]
-    current = jnp.max(documents, axis=1, keepdims=True)
-    return jnp.where(((ids == current) & (ids >= 0))[..., None, None], last, 0)
+    return jnp.where(((ids == last_document(documents)) & (ids >= 0))[..., None, None], last, 0)

@@ -8,6 +8,7 @@ device, and every device solves its own tokens. A convolution needs the last inp
 import jax
 import jax.numpy as jnp
 
+from mesanet_jax.documents import first_document, last_document
 from mesanet_jax.shapes import SegmentIds
 from pallas_kernels import MesaState, MesaSummary
 
@@ -55,11 +56,10 @@ def _document_goes_on(segment_ids: jax.Array, axis: str) -> jax.Array:
 
     True as well where either side holds nothing but padding: the state passes through that.
     """
-    last = jnp.max(segment_ids, axis=1)
+    first, last = first_document(segment_ids)[:, 0], last_document(segment_ids)[:, 0]
     everywhere = jax.lax.all_gather(last, axis)
     earlier = (jnp.arange(len(everywhere)) < jax.lax.axis_index(axis))[:, None]
     before = jnp.max(jnp.where(earlier, everywhere, -1), axis=0)
-    first = jnp.min(jnp.where(segment_ids >= 0, segment_ids, jnp.iinfo(segment_ids.dtype).max), axis=1)
     return (before < 0) | (last < 0) | (first == before)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mesanet_jax import MesaNetConfig, SolverConfig
-from mesanet_jax.documents import first_document
+from mesanet_jax.documents import first_document, last_document
 from mesanet_jax.mixers import MIXERS
 from tests import tolerances
 
@@ -41,6 +41,7 @@ def test_a_call_that_begins_or_ends_with_padding_carries_on(mixer):
         tolerances.assert_near(joined, expected[:, real], tolerances.MODEL["float32"], name)
 
 
-def test_the_first_document_is_that_of_the_first_token_which_is_none_of_padding():
-    ids = jnp.array([[-1, 3, 3, 4], [2, -1, 2, 2], [-1, -1, -2, -1]])
+def test_a_call_begins_and_ends_with_the_documents_of_tokens_that_are_no_padding():
+    ids = jnp.array([[-1, 3, 3, 4], [2, -1, 2, -1], [-1, -1, -2, -1]])
     np.testing.assert_array_equal(first_document(ids), [[3], [2], [0]])
+    np.testing.assert_array_equal(last_document(ids), [[4], [2], [-1]])

@@ -31,7 +31,18 @@ def take_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> di
     return {name: Timing(x) for name, x in seconds.items()}
 
 
-def ratio(slower: Timing, faster: Timing) -> tuple[float, float, float]:
-    """Returns how many times faster the second is by its best round, and the quartiles over rounds taken together."""
-    quartiles = np.quantile(slower.seconds / faster.seconds, [0.25, 0.75])
-    return slower.best / faster.best, float(quartiles[0]), float(quartiles[1])
+class Ratio(NamedTuple):
+    """How many times faster something is: by its best round, and quartiles over rounds taken together."""
+
+    best: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.best:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio(slower: Timing, faster: Timing) -> Ratio:
+    """Returns how many times faster the second is."""
+    low, high = np.quantile(slower.seconds / faster.seconds, [0.25, 0.75])
+    return Ratio(slower.best / faster.best, float(low), float(high))

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.bench.clock import Timing, ratio, take_turns
+from experiments.bench.clock import Ratio, ratio, take_turns
 from experiments.cli import UserError
 from mesanet_jax import SIZES, MesaNetConfig
 from mesanet_jax.mixers import MIXERS
@@ -18,11 +18,11 @@ ALIKE = 1e-3  # decoding against the sequence read at once, relative; float32
 
 
 class Row(NamedTuple):
-    """Tokens per second over those of attention, with quartiles."""
+    """Tokens per second over those of attention."""
 
     mixer: str
-    training: tuple[float, float, float]
-    decoding: tuple[float, float, float]
+    training: Ratio
+    decoding: Ratio
 
 
 def compare(length: int, rounds: int, shape: MesaNetConfig | None = None) -> list[Row]:
@@ -42,7 +42,7 @@ def compare(length: int, rounds: int, shape: MesaNetConfig | None = None) -> lis
         layer.check()
     training = take_turns({name: layer.train for name, layer in layers.items()}, rounds)
     decoding = take_turns({name: layer.decode for name, layer in layers.items()}, 4 * rounds)
-    return [Row(name, _faster(training, name), _faster(decoding, name)) for name in layers]
+    return [Row(name, *(ratio(times[YARDSTICK], times[name]) for times in (training, decoding))) for name in layers]
 
 
 def shape_for(length: int, shape: MesaNetConfig) -> MesaNetConfig:
@@ -52,17 +52,14 @@ def shape_for(length: int, shape: MesaNetConfig) -> MesaNetConfig:
 
 def lines(rows: list[Row], length: int) -> list[str]:
     """Returns a table."""
-    found = [
+    return [
         f"One layer of the 145m model, tokens per second over those of attention: training on {length:,} tokens, "
         f"forward and backward; decoding {ROWS} sequences after as many. Quartiles in brackets.",
         "",
         "| mixer | training | decoding |",
         "|---|---|---|",
+        *(f"| {row.mixer} | {row.training} | {row.decoding} |" for row in rows),
     ]
-    for row in rows:
-        shown = (f"{best:.2f} ({low:.2f} to {high:.2f})" for best, low, high in (row.training, row.decoding))
-        found.append(f"| {row.mixer} | {' | '.join(shown)} |")
-    return found
 
 
 class Layer:
@@ -107,7 +104,3 @@ class Layer:
 def difference(found, expected) -> float:
     """Returns the largest one, relative to the largest of what is expected."""
     return float(jnp.max(jnp.abs(jnp.asarray(found) - expected)) / jnp.max(jnp.abs(expected)))
-
-
-def _faster(times: dict[str, Timing], name: str) -> tuple[float, float, float]:
-    return ratio(times[YARDSTICK], times[name])

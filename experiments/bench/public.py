@@ -1,15 +1,16 @@
 """Every mixer against the code that others publish for it, as one layer of the 145m model with the same parameters."""
 
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import flax
+import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from experiments.bench import mixers, public_mixers
-from experiments.bench.clock import ratio, take_turns
+from experiments.bench.clock import Ratio, ratio, take_turns
 from experiments.cli import UserError
 from mesanet_jax import SIZES, MesaNetConfig
 from mesanet_jax.mixers import MIXERS
@@ -21,22 +22,17 @@ torch.set_flush_denormal(True)  # as XLA does, or else decayed states slow it do
 
 
 class Row(NamedTuple):
-    """Tokens per second over those of public code, with quartiles."""
+    """Tokens per second over those of public code."""
 
     mixer: str
-    training: tuple[float, float, float]
-    decoding: tuple[float, float, float]
+    training: Ratio
+    decoding: Ratio
     chunk: int  # tokens that the public code reads at once
     differences: tuple[float, ...]  # in outputs, decoded outputs and gradients of x
 
 
 def compare(length: int, rounds: int, shape: MesaNetConfig | None = None) -> list[Row]:
-    """Measures mixers and public code by turns, mixer by mixer, with as many threads.
-
-    Args:
-      length: tokens of a sequence that is trained on, and of the context that decoding goes on with.
-      rounds: turns.
-      shape: sizes; None takes those of 145m, in float32.
+    """Measures mixers and public code by turns, mixer by mixer; see `mixers.compare`.
 
     Raises:
       UserError: they do not compute the same; that mixer is not timed.
@@ -56,9 +52,8 @@ def lines(rows: list[Row], length: int) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        shown = (f"{best:.2f} ({low:.2f} to {high:.2f})" for best, low, high in (row.training, row.decoding))
         apart = ", ".join(f"{x:.0e}" for x in row.differences)
-        found.append(f"| {row.mixer} | {' | '.join(shown)} | {row.chunk} | {apart} |")
+        found.append(f"| {row.mixer} | {row.training} | {row.decoding} | {row.chunk} | {apart} |")
     return found
 
 
@@ -66,7 +61,8 @@ def _row(name: str, shape: MesaNetConfig, length: int, rounds: int) -> Row:
     ours = mixers.Layer(name, shape, length)
     ours.check()
     theirs = {str(chunk): _Public(name, shape, ours, chunk) for chunk in public_mixers.chunks(name)}
-    differences = {chunk: layer.check(ours) for chunk, layer in theirs.items()}
+    expected = (ours.read(), ours.decoded(), ours.train()[1])
+    differences = {chunk: layer.check(*expected) for chunk, layer in theirs.items()}
     times = take_turns({chunk: layer.train for chunk, layer in theirs.items()}, 1)
     chunk = min(times, key=lambda chunk: times[chunk].best)
     both = {"ours": ours, "theirs": theirs[chunk]}
@@ -81,37 +77,37 @@ class _Public:
     """What others publish for a mixer, with the parameters and inputs of ours."""
 
     def __init__(self, name: str, shape: MesaNetConfig, ours: mixers.Layer, chunk: int):
-        self._name, self._layer = name, public_mixers.Layer(name, shape, chunk)
+        self._name, self._compute = name, partial(public_mixers.compute, name, shape, chunk=chunk)
         flat = flax.traverse_util.flatten_dict(ours.params["params"], sep="/")
         self._params = {path: _tensor(value).requires_grad_() for path, value in flat.items()}
         self._x = _tensor(ours.x)
 
     @cached_property
     def _state(self):
-        return self._layer(self._params, self._x[:, :-1])[1]
+        return self._compute(self._params, self._x[:, :-1])[1]
 
     def train(self):
         """One sequence forward and backward; returns its outputs and the gradient of x."""
         x = self._x[:1, :-1].clone().requires_grad_()
         for leaf in self._params.values():
             leaf.grad = None
-        y, _ = self._layer(self._params, x)
+        y, _ = self._compute(self._params, x)
         y.sum().backward()
         return y.detach(), x.grad
 
     def decode(self):
         """One token of every sequence, after all the others."""
         with torch.no_grad():
-            return self._layer(self._params, self._x[:, -1:], self._state)[0]
+            return self._compute(self._params, self._x[:, -1:], self._state)[0]
 
-    def check(self, ours: mixers.Layer) -> tuple[float, ...]:
-        """Returns the differences from ours.
+    def check(self, read: jax.Array, decoded: jax.Array, dx: jax.Array) -> tuple[float, ...]:
+        """Returns the differences from what ours reads and decodes, and from its gradient.
 
         Raises:
           UserError: they are more than rounding, or for a solver more than what it leaves.
         """
-        y, dx = self.train()
-        pairs = ((y, ours.read()), (self.decode(), ours.decoded()), (dx, ours.train()[1]))
+        y, gradient = self.train()
+        pairs = ((y, read), (self.decode(), decoded), (gradient, dx))
         found = tuple(mixers.difference(theirs.numpy(), same) for theirs, same in pairs)
         most = SOLVED_ALIKE if self._name == "mesa" else ALIKE
         if not all(x < y for x, y in zip(found, most, strict=True)):

@@ -28,16 +28,20 @@ GATE_CAP = 15.0  # of xLSTM-7B
 Params = dict[str, Tensor]  # by the path of ours, "query/kernel"
 
 
-class Layer:
-    """A mixer without parameters of its own."""
+def compute(
+    mixer: str, config: MesaNetConfig, params: Params, x: Tensor, state: Any = None, *, chunk: int | None = None
+) -> tuple[Tensor, Any]:
+    """Returns (y [b, t, d], state) of a mixer at x [b, t, d]; what follows on a state is a single token.
 
-    def __init__(self, mixer: str, config: MesaNetConfig, chunk: int | None = None):
-        """Reads `chunk` tokens at once, or one after another."""
-        self._compute = partial(LAYERS[mixer], config, chunk)
-
-    def __call__(self, params: Params, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """[b, t, d] -> [b, t, d], and what the next tokens need to be told; a single token follows on a state."""
-        return self._compute(params, x, state)
+    Args:
+      mixer: one of `mesanet_jax.mixers.MIXERS`.
+      config: its sizes.
+      params: its parameters.
+      x: what it reads.
+      state: that of the tokens before.
+      chunk: tokens that are read at once; None reads one after another.
+    """
+    return LAYERS[mixer](config, chunk, params, x, state)
 
 
 def chunks(mixer: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiments.bench.public_mixers import LAYERS, Layer, naive
+from experiments.bench.public_mixers import LAYERS, compute, naive
 from tests.mesanet_jax.parity.cases import CONFIG, EXPECTED, MODEL, TOKENS, draw
 
 
@@ -22,7 +22,7 @@ def record(mixer: str) -> dict[str, np.ndarray]:
     flat = flax.traverse_util.flatten_dict(case.params, sep="/")
     params = {name: torch.tensor(value, requires_grad=True) for name, value in flat.items()}
     x = torch.tensor(case.x, requires_grad=True)
-    y, _ = Layer(mixer, CONFIG)(params, x)
+    y, _ = compute(mixer, CONFIG, params, x)
     y.backward(torch.tensor(case.dy))
     grads = {f"d {name}": value.grad.numpy() for name, value in params.items()}
     return {"y": y.detach().numpy(), "dx": x.grad.numpy(), **grads}

@@ -1,5 +1,6 @@
 """Softmax attention with rotary positions: over the last `max_context` tokens, or over a sliding window."""
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -94,10 +95,35 @@ def attend_in_stripes(q: jax.Array, positions: jax.Array, segment_ids: SegmentId
     """Returns `attend` of a sequence to itself; each stripe of queries is shown only what it may attend to."""
     length, out = q.shape[2], []
     size = max(SMALLEST_STRIPE, -(-length // MOST_STRIPES))
+    block = max(SMALLEST_STRIPE, span // 2)  # the larger, the more is masked; the smaller, the more often k is read
     for start in range(0, max(length, 1), size):
         own, near = slice(start, start + size), slice(max(0, start - span + 1), start + size)
-        out.append(attend(q[:, :, own], positions[own], segment_ids[:, own], seen.part(near), span))
+        stripe = (q[:, :, own], positions[own], segment_ids[:, own], seen.part(near), span)
+        out.append(attend_in_blocks(*stripe, block) if 2 * block <= size else attend(*stripe))
     return jnp.concatenate(out, axis=2)
+
+
+def attend_in_blocks(
+    q: jax.Array, positions: jax.Array, segment_ids: SegmentIds, seen: _Seen, span: int, size: int
+) -> jax.Array:
+    """Returns `attend` of queries that are the last of the seen tokens; work and memory grow as t (size + span)."""
+    length = q.shape[2]
+    count, before = -(-length // size), -(-(span - 1) // size)  # blocks of queries, and of keys before a query's own
+    after = count * size - length
+    ahead = (count + before) * size - seen.k.shape[2] - after
+
+    def cut(x: jax.Array, axis: int, ahead: int, fill: int = 0) -> jax.Array:
+        padded = jnp.pad(x, [(ahead, after) if i == axis else (0, 0) for i in range(x.ndim)], constant_values=fill)
+        return jnp.moveaxis(padded.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def windows(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+        blocks = cut(x, axis, ahead, fill)
+        return jnp.concatenate([blocks[i : i + count] for i in range(before + 1)], axis=axis + 1)
+
+    near = _Seen(windows(seen.k, 2), windows(seen.v, 2), windows(seen.positions, 1, -1), windows(seen.segment_ids, 1))
+    own = (cut(q, 2, 0), cut(positions, 0, 0), cut(segment_ids, 1, 0))
+    out = jnp.moveaxis(jax.vmap(partial(attend, span=span))(*own, near), 0, 2)
+    return out.reshape(*q.shape[:2], count * size, -1)[:, :, :length]
 
 
 def _in_reach(before: AttentionState | None, new: _Seen, after: AttentionState) -> _Seen:

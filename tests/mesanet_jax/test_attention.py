@@ -9,6 +9,10 @@ from mesanet_jax import MesaNetConfig
 from mesanet_jax.mixers import MIXERS, attention
 from tests import tolerances
 
+STRIPES = [(37, 64), (37, 9), (64, 64), (33, 4), (5, 2), (3, 3)]
+BLOCKS = [(70, 1), (70, 2), (97, 8), (128, 4), (131, 5), (203, 9)]  # windows far shorter than a stripe
+LAYOUTS = STRIPES + BLOCKS
+
 
 @pytest.fixture
 def small_stripes(monkeypatch):
@@ -22,7 +26,7 @@ def arrays(length: int):
     return q, k, v, places, documents.at[1, -2:].set(-1)
 
 
-@pytest.mark.parametrize(("length", "span"), [(37, 64), (37, 9), (64, 64), (33, 4), (5, 2), (3, 3), (70, 1)])
+@pytest.mark.parametrize(("length", "span"), LAYOUTS)
 def test_stripes_change_neither_value_nor_gradient(small_stripes, length, span):
     *qkv, places, documents = arrays(length)
 
@@ -42,15 +46,19 @@ def test_stripes_change_neither_value_nor_gradient(small_stripes, length, span):
 
 @pytest.mark.parametrize(("mixer", "share"), [("attention", 0.6), ("sliding_window", 0.2)])
 def test_most_of_what_is_masked_away_is_not_computed(mixer, share, monkeypatch):
-    config = MesaNetConfig(model_dim=16, num_heads=1, key_dim=16, value_dim=16, window=128, max_context=2048)
-    layer, x = MIXERS[mixer](config), np.zeros((1, 2048, 16), np.float32)
-    params = layer.init(jax.random.key(0), x[:, :1], None, None)
-
-    def flops():
-        cost = jax.jit(lambda x: layer.apply(params, x, None, None)[0]).lower(x).compile().cost_analysis()
-        assert cost is not None
-        return cost["flops"]
-
-    found = flops()
+    found = flops(mixer, 2048)
     monkeypatch.setattr(attention, "SMALLEST_STRIPE", 2048)
-    assert found < share * flops()
+    assert found < share * flops(mixer, 2048)
+
+
+def test_work_of_a_window_grows_with_the_tokens_and_not_with_their_square():
+    assert flops("sliding_window", 16384) < 2.1 * flops("sliding_window", 8192)
+
+
+def flops(mixer: str, length: int) -> float:
+    config = MesaNetConfig(model_dim=16, num_heads=1, key_dim=16, value_dim=16, window=128, max_context=length)
+    layer, x = MIXERS[mixer](config), np.zeros((1, length, 16), np.float32)
+    params = layer.init(jax.random.key(0), x[:, :1], None, None)
+    cost = jax.jit(lambda x: layer.apply(params, x, None, None)[0]).lower(x).compile().cost_analysis()
+    assert cost is not None
+    return cost["flops"]

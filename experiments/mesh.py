@@ -62,13 +62,10 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> jax.shardi
         return jax.sharding.Mesh(placed, MESH_AXES, axis_types=auto)
 
 
-# CPUs get the library's products, up to twice as fast. On TPUs a product with a parameter that has to be gathered is
-# not cut into windows handed around a ring: those hand on n + 1 where n - 1 would do, and cannot share what they bring
-# with the other products of the same parameter. A gather runs beside the computing before it anyway.
-COMPILER_OPTIONS = {
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"},
-    "tpu": {"xla_tpu_enable_windowed_einsum_for_all_gather": "false"},
-}
+# On TPUs a product with a parameter that has to be gathered is not cut into windows handed around a ring: those hand on
+# n + 1 where n - 1 would do, and cannot share what they bring with the other products of the same parameter. A gather
+# runs beside the computing before it anyway.
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_windowed_einsum_for_all_gather": "false"}}
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str] | None:

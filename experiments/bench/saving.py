@@ -20,11 +20,11 @@ SECONDS = 60.0  # from one checkpoint to the next
 
 
 class Stall(NamedTuple):
-    """Time of a minute's steps when they begin with a checkpoint, over that of as many without, a ratio each round."""
+    """What a checkpoint adds to the time of the steps that it begins, over a minute, and 1: a ratio each round."""
 
     size: str
     gigabytes: float
-    steps: int  # in a minute
+    steps: int  # in about a minute
     ratios: tuple[float, ...]
 
 
@@ -46,6 +46,7 @@ def measure(rounds: int, size: str = "145m", length: int = 128, seconds: float =
             jax.block_until_ready(state)
             return state, time.perf_counter() - begin
 
+        state, _ = steps(state, 3)  # the first take longer
         state, several = steps(state, 3)
         number = max(1, round(seconds / (several / 3)))
         ratios = []
@@ -56,7 +57,7 @@ def measure(rounds: int, size: str = "145m", length: int = 128, seconds: float =
             blocked = time.perf_counter() - begin
             state, after = steps(state, number)
             checkpoints.wait()
-            ratios.append((blocked + after) / without)
+            ratios.append(1 + (blocked + after - without) / seconds)
         size_on_disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     return Stall(size, size_on_disk / 1e9, number, tuple(ratios))
 

@@ -2,7 +2,7 @@
 
 Papers:   arXiv 2506.05233, appendix C (solver) and section 3 (cost); arXiv 2502.20395, section 3 (descent, neighbours).
 Command:  python -m experiments.bench        (parts "mesa" and "public" need the extra `bench`: PyTorch, on the CPU)
-Cost:     about half an hour on 2 cores, 4 minutes of it for part "solver", 5 for "public", 11 for "saving"; run it on a
+Cost:     about half an hour on 2 cores, 4 minutes of it for part "solver", 5 for "public", 13 for "saving"; run it on a
           machine that does nothing else.
 Expected: mesa_chunk at least 1.2 times PyTorch on every line, memory that grows with t to the power 1, flat decoding;
           at most 9 nested steps to 1e-4 and 12 to 1e-6, 0.4 times the work of plain ones on the hard half of the rows;

@@ -20,11 +20,11 @@ SECONDS = 60.0  # from one checkpoint to the next
 
 
 class Stall(NamedTuple):
-    """What a checkpoint adds to the time of the steps that it begins, over a minute, and 1: a ratio each round."""
+    """1 and the seconds a checkpoint adds to steps that begin with it, over those between two checkpoints; each round."""
 
     size: str
     gigabytes: float
-    steps: int  # in about a minute
+    steps: int  # between two checkpoints
     ratios: tuple[float, ...]
 
 
@@ -46,7 +46,7 @@ def measure(rounds: int, size: str = "145m", length: int = 128, seconds: float =
             jax.block_until_ready(state)
             return state, time.perf_counter() - begin
 
-        state, _ = steps(state, 3)  # what comes first takes longer, saving too: it writes into memory never used before
+        state, _ = steps(state, 3)  # what comes first takes longer, saving too
         checkpoints.save(0, state)
         checkpoints.wait()
         state, several = steps(state, 3)

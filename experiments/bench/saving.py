@@ -20,7 +20,7 @@ SECONDS = 60.0  # from one checkpoint to the next
 
 
 class Stall(NamedTuple):
-    """1 and the seconds a checkpoint adds to steps that begin with it, over those between two checkpoints; each round."""
+    """1 + what a checkpoint adds to the steps it begins, over the time between two checkpoints: a ratio each round."""
 
     size: str
     gigabytes: float

@@ -3,11 +3,13 @@
 import itertools
 import json
 import logging
+import math
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from experiments.checkpoints import disk, manifest, peers
 from experiments.checkpoints.likeness import described
 from experiments.checkpoints.manifest import Array, File, Manifest
+from experiments.checkpoints.writing import FILE_BYTES, TRAVELLING_BYTES, Written
 
 PATIENCE = 600  # seconds that processes wait for one another
 _turns = itertools.count()  # the same in all processes, for all save in the same order
@@ -45,12 +48,9 @@ class Saver:
     def __init__(self, folder: Path, keep: int):
         """Keeps the newest `keep` checkpoints of the folder."""
         self._folder, self._keep = folder.absolute(), keep
-        # Compression makes float32 parameters 7 % smaller, at five times the processor time, which training would lose.
-        # Folders made in the background leave threads waiting for them, ten minutes long, where they cannot be made.
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), async_options=options)
+        self._orbax, self._travelling = _checkpointer(TRAVELLING_BYTES), TRAVELLING_BYTES
         self._barrier = ocp.multihost.get_barrier_sync_fn()
-        self._pool = ThreadPoolExecutor(1, "seal")
+        self._pool = ThreadPoolExecutor(2, "seal")  # one waits for orbax, one looks after what it has written
         self._sealing: Future | None = None
 
     def start(self, step: int, state, about: dict[str, Any]) -> None:
@@ -60,7 +60,8 @@ class Saver:
         _check_names(arrays)
         turn = next(_turns)
         draft = disk.draft(self._folder, step, turn)
-        self._orbax.save(draft, args=ocp.args.PyTreeSave(state))
+        self._make_room(state)
+        self._orbax.save(draft, args=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=FILE_BYTES))
         self._sealing = self._pool.submit(self._seal, draft, step, arrays, about, turn)
 
     def has_ended(self) -> bool:
@@ -84,10 +85,10 @@ class Saver:
 
     def _seal(self, draft: Path, step: int, arrays: list[Array], about: dict[str, Any], turn: int) -> None:
         """Runs in the background, in every process, so without devices: they meet at barriers of the coordinator."""
-        failed = None
+        failed, written = None, Written()
         parts = {
-            "arrays": self._orbax.wait_until_finished,
-            "digests": lambda: self._write_part(draft),
+            "arrays": lambda: self._follow(draft, written),
+            "digests": lambda: self._write_part(draft, written),
             "manifest": lambda: self._finish(draft, step, arrays, about),
         }
         for name, action in parts.items():
@@ -111,17 +112,54 @@ class Saver:
         except jax.errors.JaxRuntimeError:
             raise TimeoutError("another process is gone") from None
 
-    def _write_part(self, draft: Path) -> None:
-        """Writes the digests of this process's share of the files."""
-        sizes = manifest.sizes(draft)
-        files = {name: File(sizes[name], manifest.digest(draft / name)) for name in peers.share(sizes)}
-        manifest.write_durably(_part(draft, jax.process_index()), json.dumps(files))
+    def _make_room(self, state) -> None:
+        """Lets the largest array through: orbax refuses what is larger than all that may be on its way."""
+        largest = 1 + max(map(_piece_bytes, jax.tree.leaves(state)), default=0)
+        if largest > self._travelling:
+            self._orbax.close()
+            self._orbax, self._travelling = _checkpointer(largest), largest
+
+    def _follow(self, draft: Path, written: Written) -> None:
+        """Waits for the arrays and looks after those that this process has already written."""
+        arrays = self._pool.submit(self._orbax.wait_until_finished)
+        while not wait([arrays], timeout=0.05).done:
+            for folder in draft.parent.glob(f"{draft.name}*"):  # orbax appends to the name while it writes
+                written.look(folder / f"ocdbt.process_{jax.process_index()}")
+        arrays.result()
+
+    def _write_part(self, draft: Path, written: Written) -> None:
+        """Writes the digests of the files that this process wrote."""
+        own, sizes = jax.process_index(), manifest.sizes(draft)
+        files = {name: File(sizes[name], written.digest(draft / name)) for name in sizes if _owner(name) == own}
+        manifest.write_durably(_part(draft, own), json.dumps(files))
 
     def _finish(self, draft: Path, step: int, arrays: list[Array], about: dict[str, Any]) -> None:
         if peers.is_first():
             manifest.write(draft, Manifest(step, time.time(), about, arrays, _take_parts(draft)))
             disk.seal(draft, step)
             disk.delete_older(self._folder, step, self._keep)
+
+
+def _checkpointer(travelling: int) -> ocp.AsyncCheckpointer:
+    """Returns what writes arrays, at most so many bytes at a time."""
+    # Compression makes float32 parameters 7 % smaller, at five times the processor time, which training would lose.
+    handler = ocp.BasePyTreeCheckpointHandler(use_compression=False, save_concurrent_bytes=travelling)
+    # Folders made in the background leave threads waiting for them, ten minutes long, where they cannot be made.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler), async_options=options)
+
+
+def _piece_bytes(leaf) -> int:
+    """Bytes of what one device has of an array, which is the same in every process."""
+    if isinstance(leaf, jax.Array):
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return np.asarray(leaf).nbytes
+
+
+def _owner(name: str) -> int:
+    """Returns which process wrote a file; each has a folder for its arrays, and the first does the rest."""
+    folder = re.match(r"ocdbt\.process_(\d+)/", name)
+    return int(folder[1]) if folder and int(folder[1]) < jax.process_count() else 0
 
 
 def read(folder: Path, like):

@@ -1,7 +1,7 @@
 """RegBench: which mixer learns a language from examples? As arXiv 2401.12973, and figure 9 of arXiv 2506.05233.
 
   python -m experiments.mesanet.regbench smoke    mesa against a window of 4 tokens: minutes on 2 cores
-  python -m experiments.mesanet.regbench small    every mixer on short strings of small automata: hours on 2 cores
+  python -m experiments.mesanet.regbench small    every mixer on short strings of small automata: 20 minutes on 2 cores
   python -m experiments.mesanet.regbench paper    the paper's grid of sizes, learning rates and decays: weeks on one GPU
 
 A sequence holds strings of one random automaton, and every sequence has another; a prediction is right if the automaton

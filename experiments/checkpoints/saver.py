@@ -1,5 +1,6 @@
 """Saving behind training: arrays -> draft -> manifest -> sealed -> older ones deleted. All that knows orbax is here."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -62,7 +63,8 @@ class Saver:
         draft = disk.draft(self._folder, step, turn)
         self._make_room(state)
         self._orbax.save(draft, args=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=FILE_BYTES))
-        self._sealing = self._pool.submit(self._seal, draft, step, arrays, about, turn)
+        writing = self._pool.submit(self._orbax.wait_until_finished)
+        self._sealing = self._pool.submit(self._seal, draft, step, arrays, about, turn, writing)
 
     def has_ended(self) -> bool:
         """True if `finish` would not wait."""
@@ -83,11 +85,13 @@ class Saver:
         self._pool.shutdown()
         self._orbax.close()
 
-    def _seal(self, draft: Path, step: int, arrays: list[Array], about: dict[str, Any], turn: int) -> None:
+    def _seal(
+        self, draft: Path, step: int, arrays: list[Array], about: dict[str, Any], turn: int, writing: Future
+    ) -> None:
         """Runs in the background, in every process, so without devices: they meet at barriers of the coordinator."""
         failed, written = None, Written()
         parts = {
-            "arrays": lambda: self._follow(draft, written),
+            "arrays": lambda: self._follow(draft, written, writing),
             "digests": lambda: self._write_part(draft, written),
             "manifest": lambda: self._finish(draft, step, arrays, about),
         }
@@ -119,13 +123,13 @@ class Saver:
             self._orbax.close()
             self._orbax, self._travelling = _checkpointer(largest), largest
 
-    def _follow(self, draft: Path, written: Written) -> None:
+    def _follow(self, draft: Path, written: Written, writing: Future) -> None:
         """Waits for the arrays and looks after those that this process has already written."""
-        arrays = self._pool.submit(self._orbax.wait_until_finished)
-        while not wait([arrays], timeout=0.05).done:
-            for folder in draft.parent.glob(f"{draft.name}*"):  # orbax appends to the name while it writes
-                written.look(folder / f"ocdbt.process_{jax.process_index()}")
-        arrays.result()
+        while not wait([writing], timeout=0.05).done:
+            with contextlib.suppress(OSError):  # looking is no duty
+                for folder in draft.parent.glob(f"{draft.name}*"):  # orbax appends to the name while it writes
+                    written.look(folder / f"ocdbt.process_{jax.process_index()}")
+        writing.result()
 
     def _write_part(self, draft: Path, written: Written) -> None:
         """Writes the digests of the files that this process wrote."""

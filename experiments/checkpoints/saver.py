@@ -126,9 +126,8 @@ class Saver:
     def _follow(self, draft: Path, written: Written, writing: Future) -> None:
         """Waits for the arrays and looks after those that this process has already written."""
         while not wait([writing], timeout=0.05).done:
-            with contextlib.suppress(OSError):  # looking is no duty
-                for folder in draft.parent.glob(f"{draft.name}*"):  # orbax appends to the name while it writes
-                    written.look(folder / f"ocdbt.process_{jax.process_index()}")
+            with contextlib.suppress(OSError):  # looking is no duty; orbax appends to the draft's name while it writes
+                written.look(draft.parent.glob(f"{draft.name}*/ocdbt.process_{jax.process_index()}/d/*"))
         writing.result()
 
     def _write_part(self, draft: Path, written: Written) -> None:

@@ -65,7 +65,7 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> jax.shardi
 # On TPUs a product with a parameter that has to be gathered is not cut into windows handed around a ring: those hand on
 # n + 1 where n - 1 would do, and cannot share what they bring with the other products of the same parameter. A gather
 # runs beside the computing before it anyway. Nor does a gather become a sum of what is mostly zeros, which sends twice
-# as much and waits: left alone the compiler does that where all devices of a slice hold few rows each.
+# as much: left alone the compiler does that where all devices of a slice hold few rows each.
 COMPILER_OPTIONS = {
     "tpu": {
         "xla_tpu_enable_windowed_einsum_for_all_gather": "false",

@@ -289,4 +289,4 @@ def test_devices_gather_a_parameter_twice_a_step_and_sum_its_gradient_once():
     done = run("tiny", "--topology", "v5e:2x2", "--prompts", "0", "--mesh.fsdp", "4", *model)
     assert not done.returncode, done.stderr
     (sent,) = (line for line in done.stdout.splitlines() if line.startswith("a step sends"))
-    assert 1 <= float(sent.split()[7]) <= 1.1  # 1.06; 1.16 with one more gather and one more sum
+    assert 1 <= float(sent.split()[7]) <= 1.05  # 1.16 with one more gather and one more sum

@@ -61,7 +61,6 @@ def merge_heads(config: MesaNetConfig, name: str) -> nn.DenseGeneral:
         use_bias=False,
         dtype=config.dtype,
         kernel_init=named(residual_init(config), ("heads", "head", "embed")),
-        dot_general=sharding.product_into_embed("heads", "head"),
         name=name,
     )
 
@@ -129,11 +128,9 @@ class SwiGLU(nn.Module):
             x.reshape(-1, x.shape[-1]),
         )  # on CPUs gradients of products with one row axis run twice as fast
 
-        def dense(size, init, axes, name, **options):
-            return nn.Dense(size, use_bias=False, dtype=c.dtype, kernel_init=named(init, axes), name=name, **options)
+        def dense(size, init, axes, name):
+            return nn.Dense(size, use_bias=False, dtype=c.dtype, kernel_init=named(init, axes), name=name)
 
         gate = dense(c.feed_forward_dim, fan_in_normal(), ("embed", "mlp"), "gate")(x)
         up = dense(c.feed_forward_dim, fan_in_normal(), ("embed", "mlp"), "up")(x)
-        product = sharding.product_into_embed("mlp")
-        out = dense(c.model_dim, residual_init(c), ("mlp", "embed"), "out", dot_general=product)
-        return out(nn.silu(gate) * up).reshape(shape)
+        return dense(c.model_dim, residual_init(c), ("mlp", "embed"), "out")(nn.silu(gate) * up).reshape(shape)

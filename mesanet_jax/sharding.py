@@ -96,22 +96,6 @@ def parts_of_time(shape: tuple[int, int]) -> int:
     return _size(mesh, _batch_and_time(mesh, shape)[1])
 
 
-def product_into_embed(*axes: str | None):
-    """Returns a dot_general whose kernel [*axes, d] is gathered, and its gradient scattered, with d first.
-
-    Compilers for TPUs scatter a gradient along its first axis; along the last they sum all of it on every device.
-    """
-
-    def product(x, kernel, dimension_numbers, **options):
-        if _dividing(_mesh_in_use(), dict(RULES)["embed"], kernel.shape[-1]) is not None:
-            kernel = lay_out(jnp.moveaxis(kernel, -1, 0), "embed", *axes)
-            (left, right), batch = dimension_numbers
-            dimension_numbers = ((left, [axis + 1 for axis in right]), batch)
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-
-    return product
-
-
 def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns a table [y, d] once for every part that the mesh makes of tokens [b, t]: [r, s, y, d], d whole on each.
 

@@ -96,6 +96,34 @@ def parts_of_time(shape: tuple[int, int]) -> int:
     return _size(mesh, _batch_and_time(mesh, shape)[1])
 
 
+def on_replicas(function, combine):
+    """Returns function(params, batch of arrays [a, b, ...]), done by every replica with its own rows, then combined.
+
+    Inside, the axis `data` is not there: what is laid out, summed or gathered stays within a replica. A batch that
+    `data` does not divide, or a mesh without replicas, is left to the function as it is.
+
+    Args:
+      function: (params, batch) -> a tree.
+      combine: (tree of a replica, name of the axis) -> the tree of all, the same on each; say `jax.lax.psum`.
+    """
+
+    def run(params, batch):
+        rows = jax.tree.leaves(batch)[0].shape[1]
+        axis = _dividing(_mesh_in_use(), "data", rows)
+        if axis is None:
+            return function(params, batch)
+        replica = jax.shard_map(
+            lambda params, batch: combine(function(params, batch), axis),
+            in_specs=(P(), P(None, axis)),
+            out_specs=P(),
+            axis_names={axis},
+            check_vma=False,
+        )
+        return replica(params, batch)
+
+    return run
+
+
 def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns a table [y, d] once for every part that the mesh makes of tokens [b, t]: [r, s, y, d], d whole on each.
 
@@ -113,10 +141,18 @@ def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the rows [b, t, d] of a `spread` table for tokens [b, t]."""
-    take = functools.partial(jnp.take, axis=0)
     if table.ndim == 2:
-        return take(table, tokens)
-    return _joined(jax.vmap(jax.vmap(take, (0, 1), 1))(table, _in_parts(tokens, table)))
+        return jnp.take(table, tokens, axis=0)
+    batch, time = _batch_and_time(_mesh_in_use(), tokens.shape)
+    # by hand, because XLA's partitioner aborts where it is to split a gather inside `on_replicas`
+    take = jax.shard_map(
+        lambda table, tokens: jnp.take(table[0, 0], tokens, axis=0),
+        in_specs=(P(batch, time), P(batch, time)),
+        out_specs=P(batch, time),
+        axis_names={*_names(batch), *_names(time)},
+        check_vma=False,
+    )
+    return take(table, tokens)
 
 
 def read_out(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -231,15 +267,18 @@ def _batch_and_time(mesh, shape: tuple[int, ...]):
     return tuple(_dividing(mesh, dict(RULES)[name], size) for name, size in zip(("batch", "time"), shape, strict=False))
 
 
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def _size(mesh, axes: str | tuple[str, ...] | None) -> int:
     """How many devices these mesh axes have together."""
-    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
+    return math.prod(mesh.shape[name] for name in _names(axes))
 
 
 def _dividing(mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
-    """Those of the axes that split anything, or None where they do not divide the size (a batch of one, say)."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+    """Those of the axes that split anything here, or None where they do not divide the size (a batch of one, say)."""
+    names = tuple(name for name in _names(axes) if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
     if not names or size % math.prod(mesh.shape[name] for name in names):
         return None
     return names[0] if len(names) == 1 else names

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mesanet_jax import sharding
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
 from mesanet_jax.model import MesaNet, apply_with_report
-from mesanet_jax.sharding import parameter_shardings
+
+# parameters, or what holds them, whose gradients are float32 whatever the type of the activations
+_IN_FLOAT32 = frozenset({"scale", "bias", "ridge", "decay", "forget_gate", "input_gate", "recurrence_gate"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def init_train_state(key: jax.Array, model: MesaNet, optimizer: optax.GradientTr
 def train_state_shardings(model: MesaNet, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
     """Returns the sharding of every array of a TrainState; moments lie where their parameters do."""
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    params = parameter_shardings(boxed, mesh)
+    params = sharding.parameter_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
         optimizer,
@@ -159,16 +162,39 @@ def train_step(
 
 
 def _gradients(params, batch: Batch, model: MesaNet) -> tuple[dict, jax.Array, "_Watched"]:
-    """Returns gradients of the summed loss, the loss of each micro-batch [a] and what was watched."""
+    """Returns gradients of the summed loss, the loss of each micro-batch [a] and what was watched.
 
-    def accumulate(carry, micro: Batch):
-        grads, watched = carry
-        (loss, micro_watched), micro_grads = jax.value_and_grad(_loss, has_aux=True)(params, micro, model)
-        return (jax.tree.map(jnp.add, grads, micro_grads), _merge(watched, micro_watched)), loss
+    Replicas add up their gradients once, when each is through with its rows. Left to themselves, compilers do it in
+    every layer of every micro-batch, and some for TPUs together with the sum along fsdp: whole, where a share would do.
+    """
 
-    nothing = _Watched(*(jnp.float32(0) for _ in _Watched._fields))
-    (grads, watched), losses = jax.lax.scan(accumulate, (jax.tree.map(jnp.zeros_like, params), nothing), batch)
-    return grads, losses, watched
+    def of_a_replica(params, batch: Batch):
+        def accumulate(carry, micro: Batch):
+            grads, watched = carry
+            (loss, micro_watched), micro_grads = jax.value_and_grad(_loss, has_aux=True)(params, micro, model)
+            return (jax.tree.map(jnp.add, grads, micro_grads), _merge(watched, micro_watched)), loss
+
+        nothing = _Watched(*(jnp.float32(0) for _ in _Watched._fields))
+        (grads, watched), losses = jax.lax.scan(accumulate, (jax.tree.map(jnp.zeros_like, params), nothing), batch)
+        return grads, losses, watched
+
+    def of_all(replica, axis: str):
+        grads, losses, watched = replica
+        sent = _as_computed(grads, model.config.dtype) if len(losses) == 1 else grads
+        sums, losses, merged = jax.lax.psum((sent, losses, watched), axis)
+        grads = jax.tree.map(lambda g, total: total.astype(g.dtype), grads, sums)
+        return grads, losses, merged._replace(solver_residual=jax.lax.pmax(watched.solver_residual, axis))
+
+    return sharding.on_replicas(of_a_replica, of_all)(params, batch)
+
+
+def _as_computed(grads, dtype: str):
+    """Returns gradients of one micro-batch in the type that they were computed in, which loses nothing."""
+
+    def narrowed(path, g):
+        return g if _IN_FLOAT32 & {name.key for name in path[-2:]} else g.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(narrowed, grads)
 
 
 def _first_not_finite(values: jax.Array) -> jax.Array:

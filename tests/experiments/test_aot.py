@@ -17,6 +17,8 @@ from experiments.aot.least import least_bytes
 from experiments.aot.roofline import Compiled, flops, roofline
 from experiments.mesanet.pretrain import PRESETS
 from experiments.mesh import MeshConfig, make_mesh
+from experiments.programs import Programs
+from mesanet_jax.model import num_parameters
 from mesanet_jax.sharding import MESH_AXES
 from tests.pallas_kernels.ahead_of_time import needs_libtpu
 
@@ -281,6 +283,18 @@ def test_a_run_is_compiled_for_a_pod_and_the_command_to_launch_it_printed():
     assert sum(line.startswith("  so a call takes at least") and "bound by" in line for line in lines) == 3
     assert lines[-1] == "python -m experiments.mesanet.pretrain tiny --mesh.fsdp 2 --mesh.sequence 2 --data.length 64"
     assert any(line.startswith("fits: train leaves 1") for line in lines)
+
+
+def test_replicas_tell_each_other_of_a_gradient_once_however_many_micro_batches_it_took():
+    config = dataclasses.replace(TINY, micro_batches=4)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    programs = Programs.make(config, mesh)
+    state = programs.state_shapes()
+    with jax.set_mesh(mesh):
+        program = programs.train.lower(state, programs.batch_shapes(config)).compile().as_text()
+    sent = sum(c.total_bytes / mesh.size for c in read_collectives(program, mesh.shape))
+    least = least_bytes(config, mesh.shape, num_parameters(state.params))
+    assert 1 <= sent / least["data"] <= 1.001  # losses, counts and residuals are sent, too
 
 
 @needs_libtpu

@@ -13,8 +13,11 @@ import pallas_kernels
 from mesanet_jax import SIZES, MesaNet
 from mesanet_jax.flops import forward_flops, training_flops
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
+from mesanet_jax.mixers import MIXERS
 from mesanet_jax.train import (
     OptimizerConfig,
+    _as_computed,
+    _loss,
     init_train_state,
     learning_rate,
     make_optimizer,
@@ -70,6 +73,18 @@ def test_splitting_a_batch_into_micro_batches_changes_only_rounding():
     assert metrics.num_targets == metrics_of_parts.num_targets == 8 * 20 - 1 - 6
     for a, b in zip(jax.tree.leaves(parts.opt_state), jax.tree.leaves(whole.opt_state), strict=True):
         tolerances.assert_near(a, b, tolerances.MODEL["gradient"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_gradient_that_replicas_send_in_the_type_it_was_computed_in_loses_nothing(mixer, tied):
+    model = MesaNet(dataclasses.replace(SMALL, pattern=(mixer,), dtype="bfloat16", tied_embedding=tied))
+    params = init_train_state(jax.random.key(0), model, optax.identity()).params
+    grads = jax.grad(lambda p: _loss(p, jax.tree.map(lambda x: x[0], batch()), model)[0])(params)
+    sent = _as_computed(grads, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x.astype(jnp.float32), sent), grads)
+    bits = jax.tree.map(lambda x: x.dtype.itemsize * x.size, sent)
+    assert sum(jax.tree.leaves(bits)) < 0.6 * 4 * sum(x.size for x in jax.tree.leaves(grads))
 
 
 def spoilt_by_a_token(good: Batch) -> Batch:

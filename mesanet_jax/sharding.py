@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -132,11 +133,32 @@ def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     and the read-out tied to it, twice. One part takes the table as it is, [y, d].
     """
     mesh = _mesh_in_use()
-    parts = [_size(mesh, axes) for axes in _batch_and_time(mesh, shape)]
-    if parts == [1, 1]:
+    batch, time = _batch_and_time(mesh, shape)
+    parts = {*_names(batch), *_names(time)}
+    if not parts:
         return lay_out(table, "vocab", None, even=False)
-    table = lay_out(table, "vocab", "embed", even=False)
-    return lay_out(jnp.broadcast_to(table, (*parts, *table.shape)), "batch", "time", "vocab", None, even=False)
+    embed = _dividing(mesh, dict(RULES)["embed"], table.shape[1])
+
+    def own(share):
+        return (share if embed is None else _gathered_last(share, embed))[None, None]
+
+    gather = jax.shard_map(
+        own,
+        in_specs=P(None, embed),
+        out_specs=P(batch, time),
+        axis_names=parts | {*_names(embed)},
+        check_vma=False,
+    )
+    return lay_out(gather(lay_out(table, "vocab", "embed", even=False)), "batch", "time", "vocab", None, even=False)
+
+
+def _gathered_last(share: jax.Array, axis: str) -> jax.Array:
+    """Gathers the last axis of [y, d / n]. Its gradient is scattered in an order in memory that has that axis first.
+
+    Along the last one, compilers for TPUs sum a whole gradient on every device, which sends twice as much.
+    """
+    whole = jax.lax.all_gather(share.T, axis, tiled=True)
+    return with_layout_constraint(whole, Layout((0, 1))).T
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:

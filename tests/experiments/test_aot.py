@@ -298,9 +298,12 @@ def test_replicas_tell_each_other_of_a_gradient_once_however_many_micro_batches_
 
 
 @needs_libtpu
-def test_devices_gather_a_parameter_twice_a_step_and_sum_its_gradient_once():
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 4), (2, 2)])
+def test_devices_gather_a_parameter_twice_a_step_and_sum_its_gradient_once(data, fsdp):
     model = ("--model.dtype", "bfloat16", "--model.remat", "all_but_solutions")
-    done = run("tiny", "--topology", "v5e:2x2", "--prompts", "0", "--mesh.fsdp", "4", *model)
+    mesh = ("--mesh.data", str(data), "--mesh.fsdp", str(fsdp))
+    done = run("tiny", "--topology", "v5e:2x2", "--prompts", "0", *mesh, *model)
     assert not done.returncode, done.stderr
-    (sent,) = (line for line in done.stdout.splitlines() if line.startswith("a step sends"))
-    assert 1 <= float(sent.split()[7]) <= 1.05  # 1.16 with one more gather and one more sum
+    sent = [line.split() for line in done.stdout.splitlines() if line.startswith("a step sends")]
+    assert [line[6].rstrip(",") for line in sent] == (["fsdp", "data"] if data > 1 else ["fsdp"])
+    assert all(1 <= float(line[7]) <= 1.05 for line in sent)  # 1.16 along fsdp with one more gather and one more sum

@@ -47,7 +47,7 @@ def test_what_two_uses_of_a_table_find_for_its_gradient_is_summed_over_devices_o
     with jax.set_mesh(mesh):
         program = jax.jit(jax.grad(tied)).lower(table, tokens).compile().as_text()
     results = "".join(match[1] for match in SUMMED.finditer(program or ""))
-    assert len(re.findall(r"\[31,(?:8|16)\]", results)) == 1
+    assert len(re.findall(r"\[(?:31,8|8,31|31,16)\]", results)) == 1
 
 
 def a_convolution():

@@ -221,6 +221,15 @@ def test_what_is_sent_along_two_axes_at_once_is_counted_with_what_is_sent_along_
     assert rows[2].endswith("GiB along data x fsdp at once, with those before 2.00 times the least")
 
 
+@pytest.mark.parametrize(("times", "advised"), [(1.1, []), (1.2, ["try --mesh.data 4 --mesh.fsdp 8"])])
+def test_a_mesh_that_sends_much_more_than_it_has_to_is_told_of_another(times, advised):
+    shape = dict.fromkeys(MESH_AXES, 1) | {"data": 2, "fsdp": 16}
+    least = least_bytes(POD, shape, num_parameters=1_000_000)
+    sent = [Collective("all-gather", "fsdp", 1, times * least["fsdp"], 32)]
+    rows = against_least(POD, compiled("train")._replace(collectives=sent), 1_000_000, shape)
+    assert [row.split(":")[0] for row in rows if row.startswith("try")] == advised
+
+
 @needs_libtpu
 def test_a_mesh_whose_sizes_are_no_products_of_those_of_the_torus_is_laid_out_all_the_same():
     mesh = make_mesh(MeshConfig(fsdp=8, tensor=2), devices_of("v6e:4x4"))

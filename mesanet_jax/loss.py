@@ -26,9 +26,14 @@ def targets_and_weights(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def total_loss(logits: Logits, targets: Tokens, weights: jax.Array) -> jax.Array:
-    """Returns the weighted sum of -log p(target) in nats, in float32; a weight of 0 silences even a NaN."""
+    """Returns the weighted sum of -log p(target) in nats, in float32.
+
+    A target that is no token of the vocabulary gives NaN; a weight of 0 silences even that.
+    """
     logits = logits.astype(jnp.float32)
+    targets, classes = targets.astype(jnp.int32), logits.shape[-1]
     # compared, not gathered: devices that share a vocabulary each look through what they have of it
-    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    is_target = jnp.arange(classes) == targets[..., None]
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    nll = jnp.where((targets >= 0) & (targets < classes), nll, jnp.nan)
     return jnp.sum(jnp.where(weights > 0, nll * weights, 0))

@@ -19,7 +19,7 @@ import pallas_kernels
 from mesanet_jax import convolution
 from mesanet_jax.documents import first_document
 from mesanet_jax.sequence_parallel import halo, of_last, state_before
-from pallas_kernels import MesaState, SolveReport, mesa_summary
+from pallas_kernels import MesaState, SolveReport, dispatch, mesa_summary
 from pallas_kernels.mesa_chunk.contract import check_segment_ids, solver_dtype
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -134,47 +134,52 @@ def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """
     mesh = _mesh_in_use()
     batch, time = _batch_and_time(mesh, shape)
-    parts = {*_names(batch), *_names(time)}
-    if not parts:
+    if batch is None and time is None:
         return lay_out(table, "vocab", None, even=False)
-    embed = _dividing(mesh, dict(RULES)["embed"], table.shape[1])
+    table = lay_out(table, "vocab", "embed", even=False)
+    whole = _dividing(mesh, dict(RULES)["vocab"], 0) is None  # what is done by hand has all of the vocabulary
+    if whole and dispatch.platform() == "tpu":
+        gathered = _gathered_by_hand(table, batch, time, _dividing(mesh, dict(RULES)["embed"], table.shape[1]))
+    else:
+        gathered = jnp.broadcast_to(table, (_size(mesh, batch), _size(mesh, time), *table.shape))
+    return lay_out(gathered, "batch", "time", "vocab", None, even=False)
+
+
+def _gathered_by_hand(table: jax.Array, batch, time, embed) -> jax.Array:
+    """[y, d / n] -> [1, 1, y, d] on each device. The gradient is scattered with d first in memory.
+
+    Along the last axis, compilers for TPUs sum a whole gradient on every device, which sends twice as much.
+    """
 
     def own(share):
-        return (share if embed is None else _gathered_last(share, embed))[None, None]
+        if embed is not None:
+            whole = jax.lax.all_gather(share.T, embed, tiled=True)
+            share = with_layout_constraint(whole, Layout((0, 1))).T
+        return share[None, None]
 
-    gather = jax.shard_map(
-        own,
-        in_specs=P(None, embed),
-        out_specs=P(batch, time),
-        axis_names=parts | {*_names(embed)},
-        check_vma=False,
-    )
-    return lay_out(gather(lay_out(table, "vocab", "embed", even=False)), "batch", "time", "vocab", None, even=False)
-
-
-def _gathered_last(share: jax.Array, axis: str) -> jax.Array:
-    """Gathers the last axis of [y, d / n]. Its gradient is scattered in an order in memory that has that axis first.
-
-    Along the last one, compilers for TPUs sum a whole gradient on every device, which sends twice as much.
-    """
-    whole = jax.lax.all_gather(share.T, axis, tiled=True)
-    return with_layout_constraint(whole, Layout((0, 1))).T
+    axes = {*_names(batch), *_names(time), *_names(embed)}
+    gather = jax.shard_map(own, in_specs=P(None, embed), out_specs=P(batch, time), axis_names=axes, check_vma=False)
+    return gather(table)
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the rows [b, t, d] of a `spread` table for tokens [b, t]."""
+    take = functools.partial(jnp.take, axis=0)
     if table.ndim == 2:
-        return jnp.take(table, tokens, axis=0)
-    batch, time = _batch_and_time(_mesh_in_use(), tokens.shape)
-    # by hand, because XLA's partitioner aborts where it is to split a gather inside `on_replicas`
-    take = jax.shard_map(
-        lambda table, tokens: jnp.take(table[0, 0], tokens, axis=0),
+        return take(table, tokens)
+    mesh = _mesh_in_use()
+    if not mesh.manual_axes:
+        return _joined(jax.vmap(jax.vmap(take, (0, 1), 1))(table, _in_parts(tokens, table)))
+    # inside `on_replicas` XLA aborts where it is to split such a gather over a vocabulary that is split, too
+    batch, time = _batch_and_time(mesh, tokens.shape)
+    by_hand = jax.shard_map(
+        lambda table, tokens: take(table[0, 0], tokens),
         in_specs=(P(batch, time), P(batch, time)),
         out_specs=P(batch, time),
         axis_names={*_names(batch), *_names(time)},
         check_vma=False,
     )
-    return take(table, tokens)
+    return by_hand(table, tokens)
 
 
 def read_out(x: jax.Array, table: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mesanet_jax import sharding
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
 from mesanet_jax.model import MesaNet, apply_with_report
+from pallas_kernels import dispatch
 
 # parameters, or what holds them, whose gradients are float32 whatever the type of the activations
 _IN_FLOAT32 = frozenset({"scale", "bias", "ridge", "decay", "forget_gate", "input_gate", "recurrence_gate"})
@@ -180,7 +181,8 @@ def _gradients(params, batch: Batch, model: MesaNet) -> tuple[dict, jax.Array, "
 
     def of_all(replica, axis: str):
         grads, losses, watched = replica
-        sent = _as_computed(grads, model.config.dtype) if len(losses) == 1 else grads
+        once = len(losses) == 1 and dispatch.platform() != "cpu"  # where XLA aborts at sums in bfloat16 by hand
+        sent = _as_computed(grads, model.config.dtype) if once else grads
         sums, losses, merged = jax.lax.psum((sent, losses, watched), axis)
         grads = jax.tree.map(lambda g, total: total.astype(g.dtype), grads, sums)
         return grads, losses, merged._replace(solver_residual=jax.lax.pmax(watched.solver_residual, axis))

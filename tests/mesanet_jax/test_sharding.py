@@ -31,6 +31,13 @@ def tied(table, tokens):
     return jnp.sum(jnp.tanh(sharding.read_out(jnp.sin(sharding.look_up(table, tokens)), table)))
 
 
+@pytest.fixture(params=["cpu", "tpu"])
+def platform(request, monkeypatch):
+    """Programs are traced as for a TPU, and run here all the same."""
+    monkeypatch.setattr(sharding.dispatch, "platform", lambda: request.param)
+
+
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("axis", MESH_AXES)
 def test_a_table_has_the_same_gradient_however_it_is_spread(axis):
     expected = jax.grad(tied)(TABLE, TOKENS)
@@ -39,6 +46,7 @@ def test_a_table_has_the_same_gradient_however_it_is_spread(axis):
     tolerances.assert_near(found, expected, tolerances.LAW["float32"])
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("axis", ["data", "fsdp", "sequence"])
 def test_what_two_uses_of_a_table_find_for_its_gradient_is_summed_over_devices_once(axis):
     mesh = mesh_of(axis)

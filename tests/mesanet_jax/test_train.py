@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import pallas_kernels
 from mesanet_jax import SIZES, MesaNet
 from mesanet_jax.flops import forward_flops, training_flops
 from mesanet_jax.loss import Batch, targets_and_weights, total_loss
 from mesanet_jax.mixers import MIXERS
+from mesanet_jax.sharding import MESH_AXES
 from mesanet_jax.train import (
     OptimizerConfig,
     _as_computed,
@@ -21,6 +23,7 @@ from mesanet_jax.train import (
     init_train_state,
     learning_rate,
     make_optimizer,
+    train_state_shardings,
     train_step,
 )
 from pallas_kernels import SolverConfig
@@ -64,6 +67,33 @@ def test_loss_is_the_sum_of_negative_log_probabilities_and_ignores_a_nan_of_no_w
     logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [jnp.nan] * 3]]))
     loss = total_loss(logits, jnp.array([[1, 2, 0]]), jnp.array([[1.0, 1.0, 0.0]]))
     assert float(loss) == pytest.approx(-np.log(0.25) - np.log(0.8), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int32, jnp.uint32])
+def test_a_target_is_found_whatever_type_its_number_has(dtype):
+    logits = jax.random.normal(jax.random.key(0), (1, 3, 257))
+    targets = np.array([[0, 5, 7]])
+    expected = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=-1).sum()
+    found = total_loss(logits, jnp.asarray(targets, dtype), jnp.ones((1, 3)))
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("target", [-1, 3, 300])
+def test_a_target_beyond_the_vocabulary_is_nan_and_not_nothing(target):
+    assert jnp.isnan(total_loss(jnp.zeros((1, 1, 3)), jnp.array([[target]]), jnp.ones((1, 1))))
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "sequence", "tensor"])
+def test_a_step_in_bfloat16_is_compiled_for_two_devices_along_any_axis(axis):
+    mesh = jax.make_mesh([1 + (name == axis) for name in MESH_AXES], MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    model, optimizer = MesaNet(dataclasses.replace(SMALL, dtype="bfloat16")), make_optimizer(OPTIMIZER, 50)
+    whole = jnp.zeros((1, 8, 21), jnp.int32)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), model, optimizer))
+        step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer))
+        shardings = train_state_shardings(model, optimizer, mesh)
+        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        assert step.lower(state, Batch(whole, whole)).compile()
 
 
 def test_splitting_a_batch_into_micro_batches_changes_only_rounding():

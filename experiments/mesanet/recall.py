@@ -1,7 +1,7 @@
 """How far back does a mixer still know, and beyond the length it was trained on? Recall, needles and copying.
 
   python -m experiments.mesanet.recall smoke    mesa against a window of 8 tokens: minutes on 2 cores
-  python -m experiments.mesanet.recall small    six mixers, trained on 128 tokens, tested on up to 512
+  python -m experiments.mesanet.recall small    six mixers, trained on 64 tokens, tested on up to 256: half an hour
 
 Every answer stands somewhere in the sequence: the page draws how often it is known by how long ago that was, with
 bands, for the trained length and longer ones. One line of cells.jsonl is one trained model; the same command goes on
@@ -57,12 +57,12 @@ class RecallConfig:
     output: Path = Path("runs/recall/small")
     mixers: tuple[str, ...] = ("mesa", "gated_deltanet", "gla", "mamba2", "hawk", "attention")
     tasks: tuple[TaskName, ...] = TaskName.__args__
-    length: int = 128
+    length: int = 64
     factors: tuple[int, ...] = (1, 2, 4)
-    num_train: int = 12_800
+    num_train: int = 6400
     num_test: int = 320
-    model: MesaNetConfig = MesaNetConfig(num_layers=2, model_dim=128, num_heads=4, key_dim=32, value_dim=32)
-    fit: FitConfig = FitConfig(epochs=10, warmup_steps=200)
+    model: MesaNetConfig = MesaNetConfig(num_layers=2, model_dim=64, num_heads=2, key_dim=32, value_dim=32)
+    fit: FitConfig = FitConfig(epochs=8, warmup_steps=100)
     peak_lr: float = 3e-3
     weight_decay: float = 0.01
     seeds: tuple[int, ...] = (0,)
@@ -92,10 +92,8 @@ PRESETS = {
             output=Path("runs/recall/smoke"),
             mixers=("mesa", "sliding_window"),
             tasks=("recall",),
-            length=64,
             factors=(1, 2),
-            num_train=6400,
-            model=dataclasses.replace(RecallConfig().model, model_dim=64, num_heads=2, window=8),
+            model=dataclasses.replace(RecallConfig().model, window=8),
             fit=FitConfig(epochs=6, warmup_steps=100),
         ),
     ),

@@ -97,7 +97,7 @@ def parts_of_time(shape: tuple[int, int]) -> int:
     return _size(mesh, _batch_and_time(mesh, shape)[1])
 
 
-def on_replicas(function, combine):
+def on_replicas(function, combine, params, batch):
     """Returns function(params, batch of arrays [a, b, ...]), done by every replica with its own rows, then combined.
 
     Inside, the axis `data` is not there: what is laid out, summed or gathered stays within a replica. A batch that
@@ -106,23 +106,20 @@ def on_replicas(function, combine):
     Args:
       function: (params, batch) -> a tree.
       combine: (tree of a replica, name of the axis) -> the tree of all, the same on each; say `jax.lax.psum`.
+      params: the same for all replicas.
+      batch: arrays whose second axis replicas share.
     """
-
-    def run(params, batch):
-        rows = jax.tree.leaves(batch)[0].shape[1]
-        axis = _dividing(_mesh_in_use(), "data", rows)
-        if axis is None:
-            return function(params, batch)
-        replica = jax.shard_map(
-            lambda params, batch: combine(function(params, batch), axis),
-            in_specs=(P(), P(None, axis)),
-            out_specs=P(),
-            axis_names={axis},
-            check_vma=False,
-        )
-        return replica(params, batch)
-
-    return run
+    axis = _dividing(_mesh_in_use(), "data", jax.tree.leaves(batch)[0].shape[1])
+    if axis is None:
+        return function(params, batch)
+    replica = jax.shard_map(
+        lambda params, batch: combine(function(params, batch), axis),
+        in_specs=(P(), P(None, axis)),
+        out_specs=P(),
+        axis_names={axis},
+        check_vma=False,
+    )
+    return replica(params, batch)
 
 
 def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -137,49 +134,59 @@ def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     if batch is None and time is None:
         return lay_out(table, "vocab", None, even=False)
     table = lay_out(table, "vocab", "embed", even=False)
-    whole = _dividing(mesh, dict(RULES)["vocab"], 0) is None  # what is done by hand has all of the vocabulary
-    if whole and dispatch.platform() == "tpu":
-        gathered = _gathered_by_hand(table, batch, time, _dividing(mesh, dict(RULES)["embed"], table.shape[1]))
+    embed = _dividing(mesh, dict(RULES)["embed"], table.shape[1])
+    if embed is None or _split_vocab(mesh) or dispatch.platform() != "tpu":
+        parts = jnp.broadcast_to(table, (_size(mesh, batch), _size(mesh, time), *table.shape))
     else:
-        gathered = jnp.broadcast_to(table, (_size(mesh, batch), _size(mesh, time), *table.shape))
-    return lay_out(gathered, "batch", "time", "vocab", None, even=False)
+        parts = _gathered_by_hand(table, batch, time, embed)
+    return lay_out(parts, "batch", "time", "vocab", None, even=False)
 
 
-def _gathered_by_hand(table: jax.Array, batch, time, embed) -> jax.Array:
+def _gathered_by_hand(table: jax.Array, batch, time, embed: str) -> jax.Array:
     """[y, d / n] -> [1, 1, y, d] on each device. The gradient is scattered with d first in memory.
 
     Along the last axis, compilers for TPUs sum a whole gradient on every device, which sends twice as much.
     """
 
     def own(share):
-        if embed is not None:
-            whole = jax.lax.all_gather(share.T, embed, tiled=True)
-            share = with_layout_constraint(whole, Layout((0, 1))).T
-        return share[None, None]
+        whole = jax.lax.all_gather(share.T, embed, tiled=True)
+        return with_layout_constraint(whole, Layout((0, 1))).T[None, None]
 
-    axes = {*_names(batch), *_names(time), *_names(embed)}
+    axes = {*_names(batch), *_names(time), embed}
     gather = jax.shard_map(own, in_specs=P(None, embed), out_specs=P(batch, time), axis_names=axes, check_vma=False)
     return gather(table)
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the rows [b, t, d] of a `spread` table for tokens [b, t]."""
-    take = functools.partial(jnp.take, axis=0)
+    """Returns the rows [b, t, d] of a `spread` table for tokens [b, t]; NaN for a token that it has no row for.
+
+    Each device looks into the rows that it holds, and zeros stand for all others. XLA's partitioner aborts where it is
+    to split this over a vocabulary inside `on_replicas`, or brings the whole table everywhere.
+    """
     if table.ndim == 2:
-        return take(table, tokens)
+        return jnp.take(table, tokens, axis=0)
     mesh = _mesh_in_use()
-    if not mesh.manual_axes:
-        return _joined(jax.vmap(jax.vmap(take, (0, 1), 1))(table, _in_parts(tokens, table)))
-    # inside `on_replicas` XLA aborts where it is to split such a gather over a vocabulary that is split, too
-    batch, time = _batch_and_time(mesh, tokens.shape)
-    by_hand = jax.shard_map(
-        lambda table, tokens: take(table[0, 0], tokens),
-        in_specs=(P(batch, time), P(batch, time)),
-        out_specs=P(batch, time),
-        axis_names={*_names(batch), *_names(time)},
+    (batch, time), vocab, num_rows = _batch_and_time(mesh, tokens.shape), _split_vocab(mesh), table.shape[2]
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, -num_rows % _size(mesh, vocab)), (0, 0)))
+
+    def here(table, tokens):
+        """[1, 1, y / n, d], [b, t] -> [1, b, t, d]."""
+        own = table[0, 0]
+        row = tokens if vocab is None else tokens - jax.lax.axis_index(vocab) * len(own)
+        has = (row >= 0) & (row < len(own))
+        return jnp.where(has[..., None], jnp.take(own, row, axis=0, mode="clip"), 0)[None]
+
+    look = jax.shard_map(
+        here,
+        in_specs=(P(batch, time, vocab), P(batch, time)),
+        out_specs=P(vocab, batch, time),
+        axis_names={*_names(batch), *_names(time), *_names(vocab)},
         check_vma=False,
     )
-    return by_hand(table, tokens)
+    tokens = tokens.astype(jnp.int32)
+    tokens = jnp.where(tokens < 0, tokens + num_rows, tokens)  # from the end, as in `jnp.take`
+    known = (tokens >= 0) & (tokens < num_rows)
+    return jnp.where(known[..., None], look(table, tokens).sum(0), jnp.nan)
 
 
 def read_out(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -287,6 +294,11 @@ def _refuse_explicit(mesh) -> None:
             f"mesh: axes {explicit} are explicit, as jax.make_mesh makes them, but layouts here are the compiler's to "
             f"complete; pass it axis_types=(AxisType.Auto,) * {len(mesh.axis_names)}."
         )
+
+
+def _split_vocab(mesh) -> str | tuple[str, ...] | None:
+    """The mesh axes of vocabularies, which they split evenly or not; None if they are whole."""
+    return _dividing(mesh, dict(RULES)["vocab"], 0)
 
 
 def _batch_and_time(mesh, shape: tuple[int, ...]):

@@ -187,7 +187,7 @@ def _gradients(params, batch: Batch, model: MesaNet) -> tuple[dict, jax.Array, "
         grads = jax.tree.map(lambda g, total: total.astype(g.dtype), grads, sums)
         return grads, losses, merged._replace(solver_residual=jax.lax.pmax(watched.solver_residual, axis))
 
-    return sharding.on_replicas(of_a_replica, of_all)(params, batch)
+    return sharding.on_replicas(of_a_replica, of_all, params, batch)
 
 
 def _as_computed(grads, dtype: str):

@@ -18,6 +18,7 @@ from experiments.aot.roofline import Compiled, flops, roofline
 from experiments.mesanet.pretrain import PRESETS
 from experiments.mesh import MeshConfig, make_mesh
 from experiments.programs import Programs
+from experiments.runs import RunConfig
 from mesanet_jax.model import num_parameters
 from mesanet_jax.sharding import MESH_AXES
 from tests.pallas_kernels.ahead_of_time import needs_libtpu
@@ -294,16 +295,26 @@ def test_a_run_is_compiled_for_a_pod_and_the_command_to_launch_it_printed():
     assert any(line.startswith("fits: train leaves 1") for line in lines)
 
 
-def test_replicas_tell_each_other_of_a_gradient_once_however_many_micro_batches_it_took():
-    config = dataclasses.replace(TINY, micro_batches=4)
-    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+def train_program(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[str, int]:
+    """Returns the compiled training step, and the number of parameters."""
     programs = Programs.make(config, mesh)
     state = programs.state_shapes()
     with jax.set_mesh(mesh):
         program = programs.train.lower(state, programs.batch_shapes(config)).compile().as_text()
+    return program, num_parameters(state.params)
+
+
+def test_replicas_tell_each_other_of_a_gradient_once_however_many_micro_batches_it_took():
+    config, mesh = dataclasses.replace(TINY, micro_batches=4), make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    program, parameters = train_program(config, mesh)
     sent = sum(c.total_bytes / mesh.size for c in read_collectives(program, mesh.shape))
-    least = least_bytes(config, mesh.shape, num_parameters(state.params))
-    assert 1 <= sent / least["data"] <= 1.001  # losses, counts and residuals are sent, too
+    assert 1 <= sent / least_bytes(config, mesh.shape, parameters)["data"] <= 1.001  # losses and counts are sent, too
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_a_step_in_bfloat16_is_compiled_for_two_cpus_along_any_axis(axis):
+    config = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="bfloat16"))
+    assert train_program(config, make_mesh(MeshConfig(**{axis: 2}), jax.devices()[:2]))[0]
 
 
 @needs_libtpu

@@ -1,6 +1,7 @@
 """Run by test_sequence_parallel.py on eight devices: a training step under meshes of several axes, against no mesh.
 
-Prints, for each of MESHES, the relative differences of the metrics and the largest one of any moment.
+Prints, for each of MESHES, the relative differences of the metrics and the largest one of any moment, and whether rows
+of a table are looked up as without a mesh, those that are not there too.
 """
 
 import functools
@@ -29,7 +30,7 @@ def _difference(x, y) -> float:
 
 def main() -> None:
     """Computes and prints."""
-    from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig
+    from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, sharding
     from mesanet_jax.loss import Batch
     from mesanet_jax.sharding import MESH_AXES, batch_sharding
     from mesanet_jax.train import OptimizerConfig, init_train_state, make_optimizer, train_state_shardings, train_step
@@ -44,6 +45,8 @@ def main() -> None:
     ids[:, 1, 9:], ids[:, 1, 20:], ids[:, 2, 33:] = 1, 2, -1
     batch = Batch(jax.random.randint(jax.random.key(1), ids.shape, 0, 31), jnp.asarray(ids))
     expected, metrics = jax.jit(step)(state, batch)
+    table = jax.random.normal(jax.random.key(2), (31, 16))  # along `tensor` one part has fewer rows
+    tokens = jnp.arange(-32, 32).reshape(4, 16)  # the first is before all rows, the last behind them
     results = {}
     for name, sizes in MESHES.items():
         mesh = jax.make_mesh(
@@ -53,10 +56,12 @@ def main() -> None:
             shardings = train_state_shardings(model, optimizer, mesh)
             arguments = jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh, 1))
             found, found_metrics = jax.jit(step, out_shardings=(shardings, None))(*arguments)
+            rows = jax.jit(lambda table: sharding.look_up(sharding.spread(table, tokens.shape), tokens))(table)
         moments = zip(*(jax.tree.leaves(x.opt_state) for x in (found, expected)), strict=True)
         axes = {a for x in jax.tree.leaves(found.params) for a in x.sharding.spec if a and mesh.shape[a] > 1}
         results[name] = {
             "spread": sorted(axes),
+            "rows": np.array_equal(rows, jnp.take(table, tokens, axis=0), equal_nan=True),
             "moments": max(_difference(x, y) for x, y in moments),
             **{x: _difference(getattr(found_metrics, x), getattr(metrics, x)) for x in COMPARED},
         }

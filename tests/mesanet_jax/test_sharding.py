@@ -46,6 +46,15 @@ def test_a_table_has_the_same_gradient_however_it_is_spread(axis):
     tolerances.assert_near(found, expected, tolerances.LAW["float32"])
 
 
+@pytest.mark.parametrize("axis", MESH_AXES)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.uint8])
+def test_rows_are_looked_up_as_without_a_mesh_those_that_are_not_there_too(axis, dtype):
+    tokens = jnp.asarray([[0, 15, 16, 30, 31, 40], [-1, -31, -32, 29, 1, 127]], jnp.int32).astype(dtype)
+    with jax.set_mesh(mesh_of(axis)):
+        found = jax.jit(lambda table: sharding.look_up(sharding.spread(table, tokens.shape), tokens))(TABLE)
+    np.testing.assert_array_equal(found, jnp.take(TABLE, tokens, axis=0))
+
+
 @pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("axis", ["data", "fsdp", "sequence"])
 def test_what_two_uses_of_a_table_find_for_its_gradient_is_summed_over_devices_once(axis):

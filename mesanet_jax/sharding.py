@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding
@@ -122,6 +123,85 @@ def on_replicas(function, combine, params, batch):
     return replica(params, batch)
 
 
+def product(x: jax.Array, kernel: jax.Array, *axes: str) -> jax.Array:
+    """Returns the products [b, t, *out] of x [b, t, *in] with a parameter [*in, *out], both of one type.
+
+    Devices that share the parameter and the batch gather the one by name, or else the backward pass may gather it
+    twice, and scatter its gradient.
+
+    Args:
+      x: activations.
+      kernel: the parameter.
+      axes: its logical axes, "embed" the first or the last of them.
+    """
+    mesh, num_in = _mesh_in_use(), x.ndim - 2
+    batch, time = _batch_and_time(mesh, x.shape)
+    if _dividing(mesh, dict(RULES)["embed"], kernel.shape[axes.index("embed")]) in _names(batch):
+        if dispatch.platform() == "tpu":
+            return _scattered_product(x, kernel, axes)
+        kernel = _whole(kernel, axes)
+    if time is not None:
+        return jnp.tensordot(x, kernel, num_in)
+    # on CPUs gradients of products with one row axis run twice as fast
+    rows = jnp.tensordot(x.reshape(-1, *x.shape[2:]), kernel, num_in)
+    return rows.reshape(*x.shape[:2], *rows.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scattered_product(x, kernel, axes):
+    return jnp.tensordot(x, _whole(kernel, axes), x.ndim - 2)
+
+
+def _whole(kernel, axes):
+    return lay_out(kernel, *(None if axis == "embed" else axis for axis in axes))
+
+
+def _forward(x, kernel, axes):
+    return _scattered_product(x, kernel, axes), (x, kernel)
+
+
+def _backward(axes, residuals, g):
+    """The gradient of the parameter summed by hand, straight to who holds it."""
+    x, kernel = residuals
+    out, out_of_kernel = tuple(range(2, g.ndim)), tuple(range(x.ndim - 2, kernel.ndim))
+    of_x = jnp.tensordot(g, _whole(kernel, axes), (out, out_of_kernel))
+    mesh, place, embed = _mesh_in_use(), axes.index("embed"), dict(RULES)["embed"]
+    batch, time = _batch_and_time(mesh, x.shape)
+    rest = [name for name in _names(batch) + _names(time) if name != embed]
+    left, right = (g, x) if place else (x, g)  # the one [b, t, d], the other not
+    others = zip([axis for axis in axes if axis != "embed"], right.shape[2:], strict=True)
+    features = [_dividing(mesh, dict(RULES)[axis], size) for axis, size in others]
+
+    def own(left, right):
+        share = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())))
+        for groups in _hops(mesh.shape[embed]):
+            share = jax.lax.psum_scatter(share, embed, tiled=True, axis_index_groups=groups)
+        return jax.lax.psum(share, rest)
+
+    sums = jax.shard_map(  # with `tensor`: left to the compiler, features would be gathered for it
+        own,
+        in_specs=(P(batch, time), P(batch, time, *features)),
+        out_specs=P(embed, *features),
+        axis_names={embed, *rest, *(name for axes in features for name in _names(axes))},
+        check_vma=False,
+    )
+    return of_x, jnp.moveaxis(sums(left, right), 0, place)
+
+
+_scattered_product.defvjp(_forward, _backward)
+
+
+def _hops(size: int) -> list[list[list[int]] | None]:
+    """Returns the groups of an axis' devices that scatter a sum, one after the other: two hops of at most 64 devices.
+
+    In one hop over all of a slice, or to a few rows for each device, compilers for TPUs sum everything on every device.
+    """
+    if size < 8 or size % 4:
+        return [None]
+    index = np.arange(size).reshape(-1, max(4, size // 64))
+    return [index.T.tolist(), index.tolist()]
+
+
 def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns a table [y, d] once for every part that the mesh makes of tokens [b, t]: [r, s, y, d], d whole on each.
 
@@ -149,7 +229,9 @@ def _gathered_by_hand(table: jax.Array, batch, time, embed: str) -> jax.Array:
     """
 
     def own(share):
-        whole = jax.lax.all_gather(share.T, embed, tiled=True)
+        whole = share.T
+        for groups in reversed(_hops(_size(_mesh_in_use(), embed))):
+            whole = jax.lax.all_gather(whole, embed, tiled=True, axis_index_groups=groups)
         return with_layout_constraint(whole, Layout((0, 1))).T[None, None]
 
     axes = {*_names(batch), *_names(time), embed}

@@ -34,7 +34,6 @@ from mesanet_jax.sharding import batch_sharding
 
 MIB, GIB = 1 << 20, 1 << 30
 DEFAULT = "1b"
-MUCH = 1.15  # times the least that devices should send
 
 
 def main(config: AotConfig) -> None:
@@ -148,11 +147,6 @@ def against_least(config: AotConfig, train: Compiled, parameters: int, mesh_shap
     for axis, size in least.items():
         along = sent.setdefault(axis, 0.0)
         rows.append(f"a step sends {along / GIB:.3f} GiB along {axis}, {along / size:.2f} times the least of this mesh")
-        if axis == "fsdp" and along > MUCH * size and mesh_shape[axis] % 4 == 0:
-            rows.append(
-                f"try --mesh.data {2 * mesh_shape['data']} --mesh.fsdp {mesh_shape[axis] // 2}: a gradient is summed "
-                f"whole, or padded, where fsdp takes all of a slice or leaves a device few rows"
-            )
     for axes in [axes for axes in sent if " x " in axes and sent[axes] >= MIB]:
         each = axes.split(" x ")
         times = (sent[axes] + sum(sent[axis] for axis in each)) / sum(least[axis] for axis in each)

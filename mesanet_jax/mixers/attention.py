@@ -55,7 +55,7 @@ class Attention(nn.Module):
             out = attend_in_stripes(q, positions, segment_ids, new, self.span)
         else:
             out = attend(q, positions, segment_ids, _in_reach(state, new, after), self.span)
-        return layers.merge_heads(c, "out")(jnp.moveaxis(out, 1, 2)), after
+        return layers.merge_heads(c, jnp.moveaxis(out, 1, 2), "out"), after
 
 
 class SlidingWindowAttention(Attention):

@@ -40,7 +40,7 @@ class Hawk(nn.Module):
         log_decay, entering = self._gated(y.astype(jnp.float32))
         h, hidden = gated_sum(entering, log_decay, hidden, segment_ids)
         out = h.astype(x.dtype) * nn.gelu(branch)
-        return layers.merge_heads(c, "out")(out), HawkState(inputs, hidden)
+        return layers.merge_heads(c, out, "out"), HawkState(inputs, hidden)
 
     def _gated(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns log a_t and what enters the channels, both [b, t, h, r] in float32."""

@@ -34,7 +34,7 @@ class MemoryMixer(nn.Module):
         k, keys = layers.ShortConv(c, name="key_conv")(k, keys, segment_ids)
         out, memory = self.remember(*self.activate(q, k), v, x, memory, segment_ids)
         out = layers.head_norm(c, "out_norm")(out)
-        return layers.merge_heads(c, "out")(out), MemoryMixerState(queries, keys, memory)
+        return layers.merge_heads(c, out, "out"), MemoryMixerState(queries, keys, memory)
 
     def activate(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns queries and keys as the memory takes them: of length 1."""

@@ -222,15 +222,6 @@ def test_what_is_sent_along_two_axes_at_once_is_counted_with_what_is_sent_along_
     assert rows[2].endswith("GiB along data x fsdp at once, with those before 2.00 times the least")
 
 
-@pytest.mark.parametrize(("times", "advised"), [(1.1, []), (1.2, ["try --mesh.data 4 --mesh.fsdp 8"])])
-def test_a_mesh_that_sends_much_more_than_it_has_to_is_told_of_another(times, advised):
-    shape = dict.fromkeys(MESH_AXES, 1) | {"data": 2, "fsdp": 16}
-    least = least_bytes(POD, shape, num_parameters=1_000_000)
-    sent = [Collective("all-gather", "fsdp", 1, times * least["fsdp"], 32)]
-    rows = against_least(POD, compiled("train")._replace(collectives=sent), 1_000_000, shape)
-    assert [row.split(":")[0] for row in rows if row.startswith("try")] == advised
-
-
 @needs_libtpu
 def test_a_mesh_whose_sizes_are_no_products_of_those_of_the_torus_is_laid_out_all_the_same():
     mesh = make_mesh(MeshConfig(fsdp=8, tensor=2), devices_of("v6e:4x4"))
@@ -318,12 +309,19 @@ def test_a_step_in_bfloat16_is_compiled_for_two_cpus_along_any_axis(axis):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("data", "fsdp"), [(1, 4), (2, 2)])
-def test_devices_gather_a_parameter_twice_a_step_and_sum_its_gradient_once(data, fsdp):
-    model = ("--model.dtype", "bfloat16", "--model.remat", "all_but_solutions")
+@pytest.mark.parametrize(
+    ("topology", "data", "fsdp", "most"),
+    [
+        ("v5e:2x2", 1, 4, 1.05),  # 1.16 with one more gather and one more sum
+        ("v5e:2x2", 2, 2, 1.05),
+        ("v5e:4x4", 1, 16, 1.1),  # 1.35 with one hop over all of the slice
+    ],
+)
+def test_devices_gather_a_parameter_twice_a_step_and_sum_its_gradient_once(topology, data, fsdp, most):
+    model = ("--model.dtype", "bfloat16", "--model.remat", "all_but_solutions", "--data.batch-size", "16")
     mesh = ("--mesh.data", str(data), "--mesh.fsdp", str(fsdp))
-    done = run("tiny", "--topology", "v5e:2x2", "--prompts", "0", *mesh, *model)
+    done = run("tiny", "--topology", topology, "--prompts", "0", *mesh, *model)
     assert not done.returncode, done.stderr
     sent = [line.split() for line in done.stdout.splitlines() if line.startswith("a step sends")]
     assert [line[6].rstrip(",") for line in sent] == (["fsdp", "data"] if data > 1 else ["fsdp"])
-    assert all(1 <= float(line[7]) <= 1.05 for line in sent)  # 1.16 along fsdp with one more gather and one more sum
+    assert all(1 <= float(line[7]) <= most for line in sent)

@@ -1,11 +1,13 @@
 """Run by test_sequence_parallel.py on eight devices: a training step under meshes of several axes, against no mesh.
 
-Prints, for each of MESHES, the relative differences of the metrics and the largest one of any moment, and whether rows
-of a table are looked up as without a mesh, those that are not there too.
+Prints, for each of MESHES, the relative differences of the metrics and the largest one of any moment, that of the
+gradient of a product with a parameter, summed as for TPUs, and whether rows of a table are looked up as without a mesh,
+those that are not there too.
 """
 
 import functools
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.sharding import AxisType
 
 MESHES = {
     "sequence": {"sequence": 8},
+    "fsdp": {"fsdp": 8},
     "data, fsdp, sequence": {"data": 2, "fsdp": 2, "sequence": 2},
     "data, sequence, tensor": {"data": 2, "sequence": 2, "tensor": 2},
     "fsdp, sequence, tensor": {"fsdp": 2, "sequence": 2, "tensor": 2},
@@ -41,12 +44,18 @@ def main() -> None:
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-2, warmup_steps=2), 50)
     step = functools.partial(train_step, model=model, optimizer=optimizer)
     state = init_train_state(jax.random.key(0), model, optimizer)
-    ids = np.zeros((1, 4, 41), np.int32)
+    ids = np.zeros((1, 8, 41), np.int32)
     ids[:, 1, 9:], ids[:, 1, 20:], ids[:, 2, 33:] = 1, 2, -1
     batch = Batch(jax.random.randint(jax.random.key(1), ids.shape, 0, 31), jnp.asarray(ids))
     expected, metrics = jax.jit(step)(state, batch)
     table = jax.random.normal(jax.random.key(2), (31, 16))  # along `tensor` one part has fewer rows
     tokens = jnp.arange(-32, 32).reshape(4, 16)  # the first is before all rows, the last behind them
+    x, kernel = (jax.random.normal(jax.random.key(3 + i), shape) for i, shape in enumerate([(8, 16, 32), (32, 10)]))
+
+    def product(x, kernel):
+        return jnp.sum(sharding.product(x, kernel, "embed", "mlp") ** 3)
+
+    gradient = jax.grad(product, 1)(x, kernel)
     results = {}
     for name, sizes in MESHES.items():
         mesh = jax.make_mesh(
@@ -57,11 +66,14 @@ def main() -> None:
             arguments = jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh, 1))
             found, found_metrics = jax.jit(step, out_shardings=(shardings, None))(*arguments)
             rows = jax.jit(lambda table: sharding.look_up(sharding.spread(table, tokens.shape), tokens))(table)
+            with mock.patch.object(sharding.dispatch, "platform", return_value="tpu"):
+                summed = jax.jit(jax.grad(product, 1))(jax.device_put(x, batch_sharding(mesh)), kernel)
         moments = zip(*(jax.tree.leaves(x.opt_state) for x in (found, expected)), strict=True)
         axes = {a for x in jax.tree.leaves(found.params) for a in x.sharding.spec if a and mesh.shape[a] > 1}
         results[name] = {
             "spread": sorted(axes),
             "rows": np.array_equal(rows, jnp.take(table, tokens, axis=0), equal_nan=True),
+            "gradient": _difference(summed, gradient),
             "moments": max(_difference(x, y) for x, y in moments),
             **{x: _difference(getattr(found_metrics, x), getattr(metrics, x)) for x in COMPARED},
         }

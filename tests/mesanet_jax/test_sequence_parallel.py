@@ -150,6 +150,7 @@ def test_a_step_on_eight_devices_equals_one_on_a_single_device(on_eight_devices,
     found = on_eight_devices[name]
     assert found["spread"] == sorted(axis for axis, size in MESHES[name].items() if size > 1 and axis in "fsdp tensor")
     assert found["rows"]
+    assert found["gradient"] <= tolerances.LAW["float32"]
     assert found["num_targets"] == 0
     assert found["loss"] <= tolerances.MODEL["float32"]
     assert max(found["grad_norm"], found["moments"]) <= tolerances.MODEL["gradient"]

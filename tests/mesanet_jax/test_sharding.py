@@ -46,6 +46,34 @@ def test_a_table_has_the_same_gradient_however_it_is_spread(axis):
     tolerances.assert_near(found, expected, tolerances.LAW["float32"])
 
 
+KERNELS = {  # a parameter's logical axes and shape
+    "from the stream to heads": (("embed", "heads", "head"), (16, 2, 6)),
+    "to the stream from heads": (("heads", "head", "embed"), (2, 6, 16)),
+    "from the stream to features": (("embed", "mlp"), (16, 10)),
+    "to the stream from features": (("mlp", "embed"), (10, 16)),
+    "to features that no axis divides": (("embed", "mlp"), (16, 7)),
+}
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("axis", MESH_AXES)
+@pytest.mark.parametrize(("axes", "shape"), KERNELS.values(), ids=KERNELS)
+def test_a_product_with_a_parameter_is_the_same_in_value_and_gradient_wherever_the_parameter_lies(axes, shape, axis):
+    kernel = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
+    inner = shape[:-1] if axes[-1] == "embed" else shape[:1]
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 6, *inner)), jnp.float32)
+
+    def squared(x, kernel):
+        return jnp.sum(sharding.product(x, kernel, *axes) ** 2)
+
+    expected = jax.value_and_grad(squared, (0, 1))(x, kernel)
+    box = nn.LogicallyPartitioned(kernel, axes)
+    with jax.set_mesh(mesh := mesh_of(axis)):
+        laid = jax.device_put(x, batch_sharding(mesh)), jax.device_put(kernel, parameter_shardings(box, mesh))
+        found = jax.jit(jax.value_and_grad(squared, (0, 1)))(*laid)
+    jax.tree.map(lambda a, b: tolerances.assert_near(a, b, tolerances.LAW["float32"]), found, expected)
+
+
 @pytest.mark.parametrize("axis", MESH_AXES)
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.uint8])
 def test_rows_are_looked_up_as_without_a_mesh_those_that_are_not_there_too(axis, dtype):

@@ -124,81 +124,103 @@ def on_replicas(function, combine, params, batch):
 
 
 def product(x: jax.Array, kernel: jax.Array, *axes: str) -> jax.Array:
-    """Returns the products [b, t, *out] of x [b, t, *in] with a parameter [*in, *out], both of one type.
+    """Returns the products [b, t, *out], in the type of x, of x [b, t, *in] with a parameter [*in, *out].
 
-    Devices that share the parameter and the batch gather the one by name, or else the backward pass may gather it
-    twice, and scatter its gradient.
+    On TPUs, devices that share the parameter and the batch gather it by name, or else the backward pass may gather it
+    twice, and its gradient is scattered by hand; such a product has no derivatives in forward mode.
 
     Args:
       x: activations.
       kernel: the parameter.
       axes: its logical axes, "embed" the first or the last of them.
     """
-    mesh, num_in = _mesh_in_use(), x.ndim - 2
+    kernel, mesh = kernel.astype(x.dtype), _mesh_in_use()
     batch, time = _batch_and_time(mesh, x.shape)
-    if _dividing(mesh, dict(RULES)["embed"], kernel.shape[axes.index("embed")]) in _names(batch):
-        if dispatch.platform() == "tpu":
-            return _scattered_product(x, kernel, axes)
-        kernel = _whole(kernel, axes)
+    embed = _dividing(mesh, dict(RULES)["embed"], kernel.shape[axes.index("embed")])
+    if embed in _names(batch) and dispatch.platform() == "tpu":
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        return _scattered_product(x, kernel, axes, precision)
+    num_in = _num_in(axes)
     if time is not None:
         return jnp.tensordot(x, kernel, num_in)
     # on CPUs gradients of products with one row axis run twice as fast
-    rows = jnp.tensordot(x.reshape(-1, *x.shape[2:]), kernel, num_in)
-    return rows.reshape(*x.shape[:2], *rows.shape[1:])
+    rows = jnp.tensordot(x.reshape(-1, *kernel.shape[:num_in]), kernel, num_in)
+    return rows.reshape(*x.shape[:-num_in], *rows.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _scattered_product(x, kernel, axes):
-    return jnp.tensordot(x, _whole(kernel, axes), x.ndim - 2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _scattered_product(x, kernel, axes, precision):
+    del precision  # that in use
+    return jnp.tensordot(x, _whole(kernel, axes), _num_in(axes))
 
 
-def _whole(kernel, axes):
+def _product_forward(x, kernel, axes, precision):
+    return _scattered_product(x, kernel, axes, precision), (x, kernel)  # not the whole kernel, which is gathered anew
+
+
+def _product_backward(axes, precision, residuals, g):
+    x, kernel = residuals
+    out = tuple(range(2, g.ndim)), tuple(range(_num_in(axes), kernel.ndim))
+    with jax.default_matmul_precision(precision):
+        of_x = jnp.tensordot(g, _whole(kernel, axes), out)
+        if axes[0] == "embed":
+            return of_x, _scattered_sum(x, g, axes[1:])
+        return of_x, jnp.moveaxis(_scattered_sum(g, x, axes[:-1]), 0, -1)
+
+
+_scattered_product.defvjp(_product_forward, _product_backward)
+
+
+def _scattered_sum(stream: jax.Array, inner: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the products [d, *inner] of a residual stream [b, t, d] with [b, t, *inner], summed over all tokens.
+
+    A device sums over the tokens that it has, and leaves each other the rows of d that are that one's.
+
+    Args:
+      stream: activations, or a gradient by them.
+      inner: the same of heads or features.
+      axes: the logical axes of *inner.
+    """
+    mesh, embed = _mesh_in_use(), dict(RULES)["embed"]
+    batch, time = _batch_and_time(mesh, stream.shape)
+    features = [_dividing(mesh, dict(RULES)[axis], size) for axis, size in zip(axes, inner.shape[2:], strict=True)]
+    others = [name for name in _names(batch) + _names(time) if name != embed]
+
+    def own(stream, inner):
+        rows = jax.lax.dot_general(stream, inner, (((0, 1), (0, 1)), ((), ())))
+        for groups in _hops(mesh.shape[embed]):
+            rows = jax.lax.psum_scatter(rows, embed, tiled=True, axis_index_groups=groups)
+        return jax.lax.psum(rows, others)
+
+    # by hand along the features too: left to the compiler, they would be gathered before
+    by_hand = {embed, *others, *(name for feature in features for name in _names(feature))}
+    specs = {"in_specs": (P(batch, time), P(batch, time, *features)), "out_specs": P(embed, *features)}
+    return jax.shard_map(own, **specs, axis_names=by_hand, check_vma=False)(stream, inner)
+
+
+def _whole(kernel: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the parameter with all of "embed" on every device."""
     return lay_out(kernel, *(None if axis == "embed" else axis for axis in axes))
 
 
-def _forward(x, kernel, axes):
-    return _scattered_product(x, kernel, axes), (x, kernel)
-
-
-def _backward(axes, residuals, g):
-    """The gradient of the parameter summed by hand, straight to who holds it."""
-    x, kernel = residuals
-    out, out_of_kernel = tuple(range(2, g.ndim)), tuple(range(x.ndim - 2, kernel.ndim))
-    of_x = jnp.tensordot(g, _whole(kernel, axes), (out, out_of_kernel))
-    mesh, place, embed = _mesh_in_use(), axes.index("embed"), dict(RULES)["embed"]
-    batch, time = _batch_and_time(mesh, x.shape)
-    rest = [name for name in _names(batch) + _names(time) if name != embed]
-    left, right = (g, x) if place else (x, g)  # the one [b, t, d], the other not
-    others = zip([axis for axis in axes if axis != "embed"], right.shape[2:], strict=True)
-    features = [_dividing(mesh, dict(RULES)[axis], size) for axis, size in others]
-
-    def own(left, right):
-        share = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())))
-        for groups in _hops(mesh.shape[embed]):
-            share = jax.lax.psum_scatter(share, embed, tiled=True, axis_index_groups=groups)
-        return jax.lax.psum(share, rest)
-
-    sums = jax.shard_map(  # with `tensor`: left to the compiler, features would be gathered for it
-        own,
-        in_specs=(P(batch, time), P(batch, time, *features)),
-        out_specs=P(embed, *features),
-        axis_names={embed, *rest, *(name for axes in features for name in _names(axes))},
-        check_vma=False,
-    )
-    return of_x, jnp.moveaxis(sums(left, right), 0, place)
-
-
-_scattered_product.defvjp(_forward, _backward)
+def _num_in(axes: tuple[str, ...]) -> int:
+    """Returns how many axes of a parameter with these logical axes are summed over in a product."""
+    return axes.index("embed") or 1
 
 
 def _hops(size: int) -> list[list[list[int]] | None]:
-    """Returns the groups of an axis' devices that scatter a sum, one after the other: two hops of at most 64 devices.
+    """Returns the groups of devices along an axis that scatter a sum among each other, in their order.
 
-    In one hop over all of a slice, or to a few rows for each device, compilers for TPUs sum everything on every device.
+    Few devices do it in one hop, all together (None). Many do it in two: first devices that are far apart, then
+    neighbours. In one hop over all of a slice, or to a few rows for each device, compilers for TPUs sum everything on
+    every device; the same over more than 64.
     """
-    if size < 8 or size % 4:
+    if size < 16:
         return [None]
-    index = np.arange(size).reshape(-1, max(4, size // 64))
+    neighbours = next(n for n in range(max(4, -(-size // 64)), size + 1) if size % n == 0)
+    if neighbours == size:
+        return [None]
+    index = np.arange(size).reshape(-1, neighbours)
     return [index.T.tolist(), index.tolist()]
 
 
@@ -223,14 +245,14 @@ def spread(table: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _gathered_by_hand(table: jax.Array, batch, time, embed: str) -> jax.Array:
-    """[y, d / n] -> [1, 1, y, d] on each device. The gradient is scattered with d first in memory.
+    """[y, d / n] -> [1, 1, y, d] on each device. The gradient is scattered in hops, with d first in memory.
 
     Along the last axis, compilers for TPUs sum a whole gradient on every device, which sends twice as much.
     """
 
     def own(share):
         whole = share.T
-        for groups in reversed(_hops(_size(_mesh_in_use(), embed))):
+        for groups in reversed(_hops(_size(_mesh_in_use(), embed))):  # whose gradient goes the other way
             whole = jax.lax.all_gather(whole, embed, tiled=True, axis_index_groups=groups)
         return with_layout_constraint(whole, Layout((0, 1))).T[None, None]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesanet_jax import sharding
+from mesanet_jax import sharding, weights
 from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.shapes import Activations, SegmentIds
 
@@ -31,7 +31,7 @@ def residual_init(config: MesaNetConfig, in_axis: int | tuple[int, ...] = -2):
 
 
 class Kernel(nn.Module):
-    """The parameter of a projection, for `sharding.product`."""
+    """The parameter of a projection, for `weights.product`."""
 
     @nn.compact
     def __call__(self, shape: tuple[int, ...], init: Callable) -> jax.Array:
@@ -47,7 +47,7 @@ def project_heads(config: MesaNetConfig, x: Activations, sizes: dict[str, int]) 
     init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
     shape, axes = (x.shape[-1], config.num_heads), ("embed", "heads", "head")
     kernels = [Kernel(name=name)((*shape, size), named(init, axes)) for name, size in sizes.items()]
-    together = sharding.product(x, jnp.concatenate(kernels, axis=-1), *axes)
+    together = weights.product(x, jnp.concatenate(kernels, axis=-1), *axes)
     return jnp.split(together, np.cumsum(list(sizes.values()))[:-1], axis=-1)
 
 
@@ -55,7 +55,7 @@ def merge_heads(config: MesaNetConfig, x: jax.Array, name: str) -> Activations:
     """Projects x [b, t, h, v] to [b, t, d] into the residual stream."""
     init, axes = residual_init(config, in_axis=(0, 1)), ("heads", "head", "embed")
     kernel = Kernel(name=name)((*x.shape[2:], config.model_dim), named(init, axes))
-    return sharding.product(x.astype(config.dtype), kernel, *axes)
+    return weights.product(x.astype(config.dtype), kernel, *axes)
 
 
 def rms_norm(config: MesaNetConfig, name: str) -> nn.RMSNorm:
@@ -120,7 +120,7 @@ class SwiGLU(nn.Module):
 
         def projected(x, name, init, *axes):
             kernel = Kernel(name=name)(tuple(sizes[axis] for axis in axes), named(init, axes))
-            return sharding.product(x.astype(c.dtype), kernel, *axes)
+            return weights.product(x.astype(c.dtype), kernel, *axes)
 
         gate, up = (projected(x, name, fan_in_normal(), "embed", "mlp") for name in ("gate", "up"))
         return projected(nn.silu(gate) * up, "out", residual_init(c), "mlp", "embed")

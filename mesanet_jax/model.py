@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mesanet_jax import layers, sharding
+from mesanet_jax import layers, sharding, weights
 from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.mixers import MIXERS
 from mesanet_jax.shapes import Activations, SegmentIds, Tokens
@@ -85,8 +85,8 @@ class MesaNet(nn.Module):
         if not c.tied_embedding:
             init = layers.named(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed"))
             kernel = layers.Kernel(name="read_out")((c.vocab_size, c.model_dim), init)
-            table = sharding.spread(kernel.astype(c.dtype), tokens.shape)
-        logits = sharding.read_out(x, table)
+            table = weights.spread(kernel.astype(c.dtype), tokens.shape)
+        logits = weights.read_out(x, table)
         return (c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits), states
 
 
@@ -110,8 +110,8 @@ def embed(config: MesaNetConfig, tokens: Tokens) -> tuple[Activations, jax.Array
     """Makes the parameter `embedding` of the module that calls; returns its rows for the tokens, and it, spread."""
     init = layers.named(nn.initializers.normal(config.model_dim**-0.5), ("vocab", "embed"))
     embedding = nn.Embed(config.vocab_size, config.model_dim, dtype=config.dtype, embedding_init=init, name="embedding")
-    table = sharding.spread(embedding.embedding.astype(config.dtype), tokens.shape)
-    x = sharding.look_up(table, tokens) * jnp.asarray(config.model_dim**0.5, config.dtype)
+    table = weights.spread(embedding.embedding.astype(config.dtype), tokens.shape)
+    x = weights.look_up(table, tokens) * jnp.asarray(config.model_dim**0.5, config.dtype)
     return sharding.lay_out(x, "batch", "time", None), table
 
 

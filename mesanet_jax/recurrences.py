@@ -97,7 +97,7 @@ def _unit_triangular_inverse(lower: jax.Array) -> jax.Array:
     while inverse.shape[-3] > 1:
         pairs, s = inverse.shape[-3] // 2, inverse.shape[-1]
         blocks = lower.reshape(*lower.shape[:-2], pairs, 2 * s, pairs, 2 * s)[..., s:, :, :s]
-        own = jnp.eye(pairs, dtype=bool)[:, None, :, None]  # not by `jnp.diagonal`, a gather: see `sharding.look_up`
+        own = jnp.eye(pairs, dtype=bool)[:, None, :, None]  # not by `jnp.diagonal`, a gather: see `weights.look_up`
         between = jnp.sum(blocks, axis=-2, where=own)  # [..., pairs, s, s], of the pairs: below the diagonal
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         corner = -multiply(multiply(second, between), first)

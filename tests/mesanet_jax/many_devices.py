@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, sharding
+from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, weights
 from mesanet_jax.loss import Batch
 from mesanet_jax.sharding import MESH_AXES, batch_sharding
 from mesanet_jax.train import OptimizerConfig, init_train_state, make_optimizer, train_state_shardings, train_step
@@ -52,10 +52,10 @@ def _product(sizes: dict[str, int], shape: tuple[int, int]) -> float:
     @functools.partial(jax.grad, argnums=1)
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def gradient(x, kernel):
-        return jnp.sum(sharding.product(x, kernel, "embed", "mlp") ** 2)
+        return jnp.sum(weights.product(x, kernel, "embed", "mlp") ** 2)
 
     expected = gradient(x, kernel)
-    tpu = mock.patch.object(sharding.dispatch, "platform", return_value="tpu")
+    tpu = mock.patch.object(weights.dispatch, "platform", return_value="tpu")
     with tpu, jax.set_mesh(mesh := _mesh(sizes)):
         return _difference(jax.jit(gradient)(jax.device_put(x, batch_sharding(mesh)), kernel), expected)
 
@@ -83,7 +83,7 @@ def main() -> None:
             shardings = train_state_shardings(model, optimizer, mesh)
             arguments = jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh, 1))
             found, found_metrics = jax.jit(step, out_shardings=(shardings, None))(*arguments)
-            rows = jax.jit(lambda table: sharding.look_up(sharding.spread(table, tokens.shape), tokens))(table)
+            rows = jax.jit(lambda table: weights.look_up(weights.spread(table, tokens.shape), tokens))(table)
         moments = zip(*(jax.tree.leaves(x.opt_state) for x in (found, expected)), strict=True)
         axes = {a for x in jax.tree.leaves(found.params) for a in x.sharding.spec if a and mesh.shape[a] > 1}
         results[name] = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, sharding
+from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, sharding, weights
 from mesanet_jax.mixers import MIXERS
 from mesanet_jax.sharding import MESH_AXES, batch_sharding, parameter_shardings
 from tests import tolerances
@@ -27,14 +27,14 @@ def mesh_of(axis: str, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
 
 def tied(table, tokens):
     """A read-out of the embedding that a token itself has."""
-    table = sharding.spread(table, tokens.shape)
-    return jnp.sum(jnp.tanh(sharding.read_out(jnp.sin(sharding.look_up(table, tokens)), table)))
+    table = weights.spread(table, tokens.shape)
+    return jnp.sum(jnp.tanh(weights.read_out(jnp.sin(weights.look_up(table, tokens)), table)))
 
 
 @pytest.fixture(params=["cpu", "tpu"])
 def platform(request, monkeypatch):
     """Programs are traced as for a TPU, and run here all the same."""
-    monkeypatch.setattr(sharding.dispatch, "platform", lambda: request.param)
+    monkeypatch.setattr(weights.dispatch, "platform", lambda: request.param)
 
 
 @pytest.mark.usefixtures("platform")
@@ -64,7 +64,7 @@ def test_a_product_with_a_parameter_is_the_same_in_value_and_gradient_wherever_t
     x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 6, *inner)), jnp.float32)
 
     def squared(x, kernel):
-        return jnp.sum(sharding.product(x, kernel, *axes) ** 2)
+        return jnp.sum(weights.product(x, kernel, *axes) ** 2)
 
     expected = jax.value_and_grad(squared, (0, 1))(x, kernel)
     box = nn.LogicallyPartitioned(kernel, axes)
@@ -79,7 +79,7 @@ def test_a_product_with_a_parameter_is_the_same_in_value_and_gradient_wherever_t
 def test_rows_are_looked_up_as_without_a_mesh_those_that_are_not_there_too(axis, dtype):
     tokens = jnp.asarray([[0, 15, 16, 30, 31, 40], [-1, -31, -32, 29, 1, 127]], jnp.int32).astype(dtype)
     with jax.set_mesh(mesh_of(axis)):
-        found = jax.jit(lambda table: sharding.look_up(sharding.spread(table, tokens.shape), tokens))(TABLE)
+        found = jax.jit(lambda table: weights.look_up(weights.spread(table, tokens.shape), tokens))(TABLE)
     np.testing.assert_array_equal(found, jnp.take(TABLE, tokens, axis=0))
 
 

@@ -126,19 +126,21 @@ def textbook(tile: Tile, rhs: jax.Array, diagonal: jax.Array, tolerance: float) 
         return dot(residual, residual) > tolerance**2 * dot(rhs, rhs)
 
     def step(carry):
-        x, residual, direction, energy, num_steps = carry
-        active, image = going(residual), apply_matrix(direction)
+        x, residual, direction, energy, active, num_steps = carry
+        image = apply_matrix(direction)
         size = jnp.where(active, divide(energy, dot(direction, image)), 0)
         x, residual = x + size * direction, residual - size * image
         searched = residual / diagonal
         new = dot(residual, searched)
-        return x, residual, searched + divide(new, energy) * direction, new, num_steps + active
+        direction = searched + divide(new, energy) * direction
+        return x, residual, direction, new, active & going(residual), num_steps + active
 
     def goes_on(carry):
-        return jnp.any(going(carry[1])) & (jnp.max(carry[-1]) < MAX_STEPS)
+        *_, active, num_steps = carry
+        return jnp.any(active) & (jnp.max(num_steps) < MAX_STEPS)
 
     start = rhs / diagonal
-    carry = jnp.zeros_like(rhs), rhs, start, dot(rhs, start), jnp.zeros(rhs.shape[1:], jnp.int32)
+    carry = jnp.zeros_like(rhs), rhs, start, dot(rhs, start), going(rhs), jnp.zeros(rhs.shape[1:], jnp.int32)
     x, *_, num_steps = jax.lax.while_loop(goes_on, step, carry)
     return _counts(num_steps, jnp.max(num_steps), jnp.ones((), jnp.int32), rhs - apply_matrix(x), rhs)
 

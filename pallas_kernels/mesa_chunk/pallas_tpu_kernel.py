@@ -151,6 +151,7 @@ class StepRows(NamedTuple):
     size: jax.Array
     energy: jax.Array
     num_steps: jax.Array
+    going: jax.Array
 
 
 def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, memory: Memory) -> list[jax.Array]:
@@ -167,7 +168,7 @@ def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, mem
     def take_round(rows):
         begun = []
         for i in heads:
-            steps = solver.first_step(methods[i], rounds_of(i, rows[i]))
+            steps = solver.first_step(problems[i], methods[i], rounds_of(i, rows[i]))
             begun.append(_store_steps(memory, i, steps))
         end = _steps(problems, methods, rows, tuple(begun), memory)
         after = []
@@ -191,20 +192,14 @@ def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, mem
 def _steps(problems, methods, rows: tuple[RoundRows, ...], begun: tuple[StepRows, ...], memory: Memory):
     """Runs the steps of one round on all tiles."""
 
-    def going(i: int, row: StepRows):
-        return solver.is_going(problems[i], methods[i], rows[i].wanted, rows[i].size, row.size, row.num_steps)
-
     def advance(step_rows):
         after = []
         for i, row in enumerate(step_rows):
-            steps = solver.step(methods[i], going(i, row), _load_steps(memory, i, row, methods[i]))
-            after.append(_store_steps(memory, i, steps))
+            steps = _load_steps(memory, i, row, methods[i])
+            after.append(_store_steps(memory, i, solver.step(problems[i], methods[i], rows[i].size, steps)))
         return tuple(after)
 
-    def any_going(step_rows):
-        return _any([going(i, row).astype(jnp.float32) for i, row in enumerate(step_rows)])
-
-    return while_loop(any_going, advance, begun)
+    return while_loop(lambda step_rows: _any([row.going for row in step_rows]), advance, begun)
 
 
 def _load_steps(memory: Memory, i: int, rows: StepRows, method: Method) -> Steps:
@@ -216,7 +211,7 @@ def _store_steps(memory: Memory, i: int, steps: Steps) -> StepRows:
     memory.step_solution[i], memory.step_residual[i] = steps.solution, steps.residual
     for ref, value in zip((memory.direction, memory.image), steps.direction, strict=False):
         ref[i] = value
-    return StepRows(steps.size, steps.energy, steps.num_steps)
+    return StepRows(steps.size, steps.energy, steps.num_steps, steps.going)
 
 
 def _any(rows: list[jax.Array]) -> jax.Array:

@@ -164,14 +164,10 @@ def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
 
 def take_steps(problem: "Problem", method: Method, rounds: "Rounds") -> "Steps":
     """Takes the steps of one round."""
-
-    def going(steps: Steps):
-        return is_going(problem, method, rounds.wanted, rounds.size, steps.size, steps.num_steps)
-
     return while_loop(
-        lambda steps: _any(going(steps)),
-        lambda steps: step(method, going(steps), steps),
-        first_step(method, rounds),
+        lambda steps: _any(steps.going),
+        lambda steps: step(problem, method, rounds.size, steps),
+        first_step(problem, method, rounds),
     )
 
 
@@ -193,7 +189,11 @@ class Rounds(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Where tokens stand between two steps of a round, in equations multiplied by the method's scale."""
+    """Where tokens stand between two steps of a round, in equations multiplied by the method's scale.
+
+    Whether a token goes on is decided once, and carried along: a compiler may round a threshold in the loop's condition
+    and in its body in two ways, and a token between the two would keep a loop going in which it takes no step.
+    """
 
     solution: jax.Array  # [k, c] correction to that of the round
     residual: jax.Array  # [k, c] as the recurrence has it
@@ -201,6 +201,7 @@ class Steps(NamedTuple):
     size: jax.Array  # [1, c] squared norm of the residual, without the scale
     energy: jax.Array  # [1, c] residual times preconditioned residual
     num_steps: jax.Array  # [1, c] int32
+    going: jax.Array  # [1, c] 1 where the token takes another step, else 0, as in Rounds
 
 
 # A round aims a little below the tolerance, so that rounding between recurrence and residual does not cost another.
@@ -242,7 +243,7 @@ def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
     return Rounds(Solution(solution, residual, found.num_steps), size, wanted.astype(jnp.float32))
 
 
-def first_step(method: Method, rounds: Rounds) -> Steps:
+def first_step(problem: Problem, method: Method, rounds: Rounds) -> Steps:
     """Returns where tokens stand at the beginning of a round."""
     residual = rounds.found.residual * method.scale
     zero = jnp.zeros_like(residual)
@@ -253,19 +254,16 @@ def first_step(method: Method, rounds: Rounds) -> Steps:
         rounds.size,
         jnp.zeros_like(rounds.size),
         rounds.found.num_steps,
+        _going(problem, method, rounds.size, rounds.wanted > 0, rounds.size, rounds.found.num_steps),
     )
 
 
-def is_going(
-    problem: Problem, method: Method, wanted: jax.Array, begun_size: jax.Array, size: jax.Array, num_steps: jax.Array
-) -> jax.Array:
-    """Returns which tokens [1, c] take another step in a round that began with residuals of `begun_size`."""
-    aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun_size)
-    return (wanted > 0) & (size > aim) & (size <= _GROWTH**2 * begun_size) & (num_steps < problem.max_steps)
+def step(problem: Problem, method: Method, begun_size: jax.Array, steps: Steps) -> Steps:
+    """Takes one step of conjugate gradient with the tokens that are going (arXiv 2506.05233, Algorithm 1).
 
-
-def step(method: Method, going: jax.Array, steps: Steps) -> Steps:
-    """Takes one step of conjugate gradient with the tokens that are going (arXiv 2506.05233, Algorithm 1)."""
+    `begun_size` [1, c] is the squared norm of the residual that the round began with.
+    """
+    going = steps.going > 0
     searched = method.search(steps.residual)
     # not steps.size, even without a preconditioner: a compiler may round the residual that is summed there and the one
     # that is kept in two ways, and where little is left of it a step that is too long by that much makes it grow
@@ -277,14 +275,24 @@ def step(method: Method, going: jax.Array, steps: Steps) -> Steps:
     residual = steps.residual - step_size * image
     # where something is not positive there is no way down, and the round is over: what is left counts as nothing
     stuck = going & (step_size == 0)
+    size = jnp.where(stuck, 0, _dot(residual, residual) / method.scale**2)
+    num_steps = steps.num_steps + going.astype(jnp.int32)
     return Steps(
         solution=steps.solution + step_size * direction[0],
         residual=residual,
         direction=direction,
-        size=jnp.where(stuck, 0, _dot(residual, residual) / method.scale**2),
+        size=size,
         energy=energy,
-        num_steps=steps.num_steps + going.astype(jnp.int32),
+        num_steps=num_steps,
+        going=_going(problem, method, begun_size, going, size, num_steps),
     )
+
+
+def _going(problem: Problem, method: Method, begun_size, going, size, num_steps) -> jax.Array:
+    """Returns which of the tokens that are going take another step, in a round begun with residuals of `begun_size`."""
+    aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun_size)
+    going = going & (size > aim) & (size <= _GROWTH**2 * begun_size) & (num_steps < problem.max_steps)
+    return going.astype(jnp.float32)
 
 
 def end_round(problem: Problem, rounds: Rounds, steps: Steps) -> Rounds:

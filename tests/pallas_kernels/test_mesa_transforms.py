@@ -15,6 +15,7 @@ from pullbacks import differentiate, random_cotangents
 from tolerances import CHUNKWISE, LAW, assert_near
 
 from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step
+from pallas_kernels.mesa_chunk import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.mesa_chunk.cases import EASY, Case, sample
 
 SMALL = Case(source="two chunks, the second one short", batch=2, length=67, key_dim=6, value_dim=5)
@@ -108,6 +109,18 @@ def test_the_backward_solve_takes_the_factor_of_the_forward_solve():
     arrays = float32(sample(SMALL))
     assert num_factors(jax.value_and_grad(nested_loss), arrays) == 1
     assert num_factors(jax.value_and_grad(plain_loss), arrays) == 0
+
+
+@pytest.mark.parametrize("implementation", [xla, pallas_tpu, pallas_gpu])
+def test_the_condition_of_a_loop_reads_only_what_the_loop_carries(implementation):
+    """Else it may round a threshold otherwise than the body does, and wait for a step that the body does not take."""
+    *arrays, kk, kv = (jax.ShapeDtypeStruct(x.shape, "float32") for x in sample(SMALL))
+    starts = jax.ShapeDtypeStruct(arrays[0].shape[:2], "int32")
+    forward = functools.partial(implementation.forward, solver=SolverConfig())
+    jaxpr = jax.make_jaxpr(forward)(*arrays, MesaState(kk, kv), starts).jaxpr
+    loops = [e for e in equations(jaxpr) if e.primitive.name == "while"]
+    assert len(loops) >= 4, "rounds and steps, with the factor and without"
+    assert not any(loop.params["cond_nconsts"] for loop in loops)
 
 
 def test_no_array_holds_a_matrix_per_token():

@@ -120,8 +120,10 @@ def sizes(folder: Path) -> dict[str, int]:
     for place, folders, files in os.walk(folder, onerror=refuse):
         links = [name for name in folders if (Path(place) / name).is_symlink()]  # not walked into, so not overlooked
         for file in (Path(place) / name for name in (*files, *links)):
-            found[file.relative_to(folder).as_posix()] = file.stat().st_size if file.is_file() else -1
-    return {name: size for name, size in found.items() if not name.startswith(NAME)}
+            name = file.relative_to(folder).as_posix()
+            if not name.startswith(NAME):  # nor looked at: another process may just be renaming its part of it
+                found[name] = file.stat().st_size if file.is_file() else -1
+    return found
 
 
 def digest(file: Path) -> str:

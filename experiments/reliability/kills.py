@@ -42,8 +42,9 @@ class Kills(NamedTuple):
         where = ", ".join(f"{count} {situation}" for situation, count in self.situations.most_common())
         again = f"{statistics.mean(self.redone):.0f} on average, {max(self.redone)} at most" if self.redone else "none"
         return (
-            f"{self.situations.total()} kills ({where}). Steps done again after one, with a save every {SAVE_EVERY}: "
-            f"{again}. First step after {self.warm_seconds:.0f} s, without kept programs {self.cold_seconds:.0f} s."
+            f"{self.situations.total()} kills ({where}). Steps done again after one, with a save every {SAVE_EVERY} "
+            f"that counts once it is sealed: {again}. First step after {self.warm_seconds:.0f} s, without kept "
+            f"programs {self.cold_seconds:.0f} s."
         )
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -160,3 +161,19 @@ def test_a_state_of_several_files_is_saved_with_the_digest_of_each(tmp_path):
     assert max(sizes.values()) < 2 * FILE_BYTES
     assert sum(size >= FILE_BYTES // 2 for size in sizes.values()) >= 2
     assert bits(Checkpoints.open(tmp_path).restore(1, state)) == bits(state)  # which verifies it
+
+
+def test_a_part_of_the_manifest_that_another_process_is_just_renaming_is_not_looked_at(tmp_path, monkeypatch):
+    (tmp_path / "array").write_bytes(b"123")
+    part = tmp_path / f"{manifest.NAME}.1.draft"
+    part.write_text("{}")
+    is_file = Path.is_file
+
+    def and_gone(path: Path) -> bool:
+        there = is_file(path)
+        if path == part:
+            part.unlink()
+        return there
+
+    monkeypatch.setattr(Path, "is_file", and_gone)
+    assert manifest.sizes(tmp_path) == {"array": 3}

@@ -12,9 +12,9 @@ import jax
 from experiments.lower.chips import CHIPS
 from pallas_kernels import MesaState, SolverConfig, router_descent
 from pallas_kernels.mesa_chunk import pallas_tpu as mesa_tpu
-from pallas_kernels.mesa_chunk import pallas_tpu_kernel
+from pallas_kernels.mesa_chunk import pallas_tpu_factor, pallas_tpu_kernel, pallas_tpu_roots
 from pallas_kernels.mesa_chunk import solver as solvers
-from pallas_kernels.mesa_chunk.nested import Factor
+from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import StepRows, TileArrays
 from pallas_kernels.mesa_chunk.products import PRECISIONS
 from pallas_kernels.mesa_chunk.solver import Steps
@@ -72,20 +72,34 @@ def router_descent_row(*tile: int) -> Kernel:
 
 def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
     """A kernel of mesa_chunk on four tiles, each solve one round of so many steps of every method."""
-    tiles, size = (1, 1, 4), 128
-
-    def array(*shape: int, dtype: str = "float32"):
-        return jax.ShapeDtypeStruct((*tiles, *shape), dtype)
-
-    matrix, row = array(size, size), array(1, size)
-    starts = array(1, size, dtype="int32")
-    arrays = TileArrays(matrix, matrix, row, row, starts, matrix, matrix, array(size, 1))
+    size = 128
+    matrix, row = _of_tiles(size, size), _of_tiles(1, size)
+    arrays = _tile_arrays(size)
+    if kernel == "tokens":
+        return pallas_tpu_factor.tokens_systems, (matrix, _of_tiles(1, 1), arrays)
+    if kernel == "rows":
+        return pallas_tpu_factor.factor_rows, (matrix, HalfFactor(matrix, matrix, matrix, row), arrays)
     if solver is None:
         return mesa_tpu.cotangent_tiles, (matrix, matrix, matrix, matrix, arrays, MesaState(matrix, matrix))
-    factor = Factor(matrix, matrix, array(1, 1), row) if solver.preconditioner == "nested" else None
+    factor = Factor(matrix, matrix, _of_tiles(1, 1), row) if solver.preconditioner == "nested" else None
     columns = (matrix,) if kernel == "forward" else (matrix, matrix)
     function = mesa_tpu.forward_tiles if kernel == "forward" else mesa_tpu.adjoint_tiles
     return _of_steps(steps, pallas_tpu_kernel, functools.partial(function, solver=solver)), (*columns, arrays, factor)
+
+
+def _of_tiles(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    """What four tiles have of an array."""
+    return jax.ShapeDtypeStruct((1, 1, 4, *shape), dtype)
+
+
+def _tile_arrays(size: int) -> TileArrays:
+    matrix, row = _of_tiles(size, size), _of_tiles(1, size)
+    return TileArrays(matrix, matrix, row, row, _of_tiles(1, size, dtype="int32"), matrix, matrix, _of_tiles(size, 1))
+
+
+def build_roots(steps: int) -> Built:
+    """The roots of a block of matrices, half as large as those of a tile: the estimate of those takes minutes."""
+    return pallas_tpu_roots.inverse_root, (jax.ShapeDtypeStruct((128, 64, 64), "float32"),)
 
 
 def _of_steps(steps: int, kernels: ModuleType, function: Callable) -> Callable:
@@ -149,6 +163,17 @@ MESA = (
     *(mesa_row("forward", preconditioner="nested", precision=p) for p in PRECISIONS),
     mesa_row("adjoint", preconditioner="nested", precision="float32"),
     mesa_row("cotangents"),
+    Kernel(
+        name="mesa_chunk_roots",
+        case="64 x 64",
+        build=build_roots,
+        steps=(1,),
+        per=128,
+        per_name="matrix",
+        chips=("v5e", "v6e"),  # half a minute each
+    ),
+    mesa_row("tokens"),
+    mesa_row("rows"),
 )
 KERNELS = (
     *MESA,

@@ -59,23 +59,55 @@ def make_factor(tile: Tile, expected: jax.Array) -> Factor:
     Tokens for which it is not worth it or not finite are marked. What overflows spoils later tokens of its document,
     and neither earlier ones nor other documents.
     """
-    decays, worth = tile.decays, is_worth_it(expected)
-    log_anchor = jnp.where(worth, -expected / 2, 0)
-    frozen = _frozen(decays, log_anchor)
+    decays = tile.decays
+    inverse = positive.inverse(state_system(tile.kk, tile.ridge, decays, expected))
+    half = tokens_system(inverse, tile.k, tile.beta, tile.ridge, decays, expected)
+    rows, usable = factor_rows(positive.inverse_root(half.gram, least=1.0), half.solved, half.usable, decays)
+    return Factor(half.inverse, rows, log_anchor(expected), usable)
+
+
+class HalfFactor(NamedTuple):
+    """What is known of a factor before the second of its two roots is taken."""
+
+    inverse: jax.Array  # [k, k], as in Factor
+    solved: jax.Array  # [k, c], B K~
+    gram: jax.Array  # [c, c], 1 + K~' B K~
+    usable: jax.Array  # [1, c] bool
+
+
+def log_anchor(expected: jax.Array) -> jax.Array:
+    """Returns the logarithm of the multiple of the ridge that is frozen where the first document goes on."""
+    return jnp.where(is_worth_it(expected), -expected / 2, 0)
+
+
+def state_system(kk: jax.Array, ridge: jax.Array, decays: Decays, expected: jax.Array) -> jax.Array:
+    """Returns the frozen system [k, k] before the first token."""
     sees_state = jnp.where(decays.into[..., :1] > 0, 1.0, 0.0)
-    inverse = positive.inverse(sees_state * tile.kk + _diagonal(jnp.exp(log_anchor) * tile.ridge))
+    return sees_state * kk + _diagonal(jnp.exp(log_anchor(expected)) * ridge)
+
+
+def tokens_system(
+    inverse: jax.Array, k: jax.Array, beta: jax.Array, ridge: jax.Array, decays: Decays, expected: jax.Array
+) -> HalfFactor:
+    """Returns the system that says how tokens go into each other, from the inverse of the one before them."""
+    worth, frozen = is_worth_it(expected), _frozen(decays, log_anchor(expected))
     sound = worth & jnp.isfinite(jnp.sum(sum_down(inverse), axis=-1, keepdims=True))
     inverse = jnp.where(sound, inverse, 0)
     usable = worth & frozen.near & (sound | ~decays.in_first)
-    keys = transpose(tile.k) * jnp.sqrt(jnp.where(usable, tile.beta * frozen.scale, 0))
-    solved = jnp.where(decays.in_first, times(inverse, keys), keys / (frozen.anchor * tile.ridge))
+    keys = transpose(k) * jnp.sqrt(jnp.where(usable, beta * frozen.scale, 0))
+    solved = jnp.where(decays.in_first, times(inverse, keys), keys / (frozen.anchor * ridge))
     gram = jnp.where(decays.together, transposed_times(solved, keys), 0)
     usable &= _sees_finite(sum_down(jnp.where(decays.visible, gram, 0)), decays)
     i, j = places(gram.shape[-1])
     gram = jnp.where(usable & _mark_rows(usable), gram, 0) + jnp.where(i == j, 1.0, 0.0)
-    rows = times_transposed(positive.inverse_root(gram, least=1.0), jnp.where(usable, solved, 0))
+    return HalfFactor(inverse, jnp.where(usable, solved, 0), gram, usable)
+
+
+def factor_rows(root: jax.Array, solved: jax.Array, usable: jax.Array, decays: Decays) -> tuple[jax.Array, jax.Array]:
+    """Returns rows [c, k] and marks [1, c] of a factor, of the inverse root of `gram` and the fields of HalfFactor."""
+    rows = times_transposed(root, solved)
     usable &= _sees_finite(to_row(jnp.sum(rows, axis=-1, keepdims=True)), decays)
-    return Factor(inverse, jnp.where(_mark_rows(usable), rows, 0), log_anchor, usable)
+    return jnp.where(_mark_rows(usable), rows, 0), usable
 
 
 def no_factor(tile: Tile, expected: jax.Array) -> Factor:

@@ -1,44 +1,27 @@
 """The TPU kernels' adapter: when they fit, how the arrays are laid out, what they cost.
 
 The outline is that of xla.py: states are scanned over chunks, and everything else is local to a tile. Each of the
-three functions of a tile is a kernel over tiles: forward solve and read-out, adjoint solve, gradients.
+three functions of a tile is a kernel over tiles: forward solve and read-out, adjoint solve, gradients. Those that make
+the factors are in pallas_tpu_factor.py.
 """
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mesa_chunk import algebra, nested, pallas_tpu_kernel, work, xla
+from pallas_kernels.mesa_chunk import algebra, nested, pallas_tpu_factor, pallas_tpu_kernel, work
 from pallas_kernels.mesa_chunk.chunks import scan_states, to_chunks, to_columns, to_rows, to_sequence
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
-from pallas_kernels.mesa_chunk.pallas_tpu_kernel import AdjointResults, ForwardResults, Memory, TileArrays
+from pallas_kernels.mesa_chunk.pallas_tpu_kernel import AdjointResults, ForwardResults, TileArrays
+from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, TpuConfig, call
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.tiling import pad_axis, round_up
 
-LANES = 128
+__all__ = ["TpuConfig", "adjoint_tiles", "backward", "cotangent_tiles", "forward", "forward_tiles", "why_not"]
+
 LARGEST = 256
-MEBIBYTE = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TpuConfig:
-    """Changes the time, never the answer.
-
-    Attributes:
-      chunk_length: tokens a tile holds, a multiple of 128 since tokens lie in lanes.
-      side_by_side: most tiles that a program solves at once; a single one waits for itself.
-      vmem_bytes: what the compiler may use; blocks are there twice, one being computed on and one being fetched.
-    """
-
-    chunk_length: int = LANES
-    side_by_side: int = 4
-    vmem_bytes: int = 64 * MEBIBYTE
 
 
 def why_not(dtype: jnp.dtype, key_dim: int, value_dim: int) -> str | None:
@@ -58,8 +41,9 @@ def forward(
     """Returns what xla.forward does; the factors are those of this file's chunks."""
     length, key_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     tiles, final, _ = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
-    worth = nested.serves(min(length, config.chunk_length), key_dim)
-    factors = _factors(tiles, solver) if worth else None
+    takes_factors = solver.max_steps > 0 and solver.preconditioner == "nested"
+    takes_factors &= nested.serves(min(length, config.chunk_length), key_dim)
+    factors = pallas_tpu_factor.factors(tiles, config=config, interpret=interpret) if takes_factors else None
     columns = to_columns(_pad(q), config.chunk_length)
     found = forward_tiles(columns, tiles, factors, solver=solver, config=config, interpret=interpret)
     out, x, num_steps, residual = (to_sequence(y, length) for y in found)
@@ -112,7 +96,7 @@ def forward_tiles(
     body = functools.partial(pallas_tpu_kernel.forward, config=solver)
     shapes = ForwardResults((v, c), (k, c), (1, c), (1, c))
     flops = 2 * c * work.steps(solver.max_steps, 2, k, c)
-    return _call(body, "mesa_chunk_forward", (q, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
+    return call(body, "mesa_chunk_forward", (q, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
 
 
 def adjoint_tiles(
@@ -130,7 +114,7 @@ def adjoint_tiles(
     body = functools.partial(pallas_tpu_kernel.adjoint, config=solver)
     shapes = AdjointResults((k, c), (k, c), (k, k), (k, v))
     flops = 2 * c * work.steps(solver.max_steps, 3, k, c)
-    return _call(body, "mesa_chunk_adjoint", (x, dout, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
+    return call(body, "mesa_chunk_adjoint", (x, dout, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
 
 
 def cotangent_tiles(
@@ -141,7 +125,7 @@ def cotangent_tiles(
     shapes = algebra.Cotangents((k, c), (v, c), (1, c), (1, c), (k, 1))
     arguments = (x, y, residual, dout, tiles, *after)
     flops = 2 * c * work.cotangents(k, c)
-    return _call(pallas_tpu_kernel.cotangents, "mesa_chunk_cotangents", arguments, shapes, flops, config, interpret)
+    return call(pallas_tpu_kernel.cotangents, "mesa_chunk_cotangents", arguments, shapes, flops, config, interpret)
 
 
 def _tiles(
@@ -160,70 +144,6 @@ def _tiles(
     ridge = jnp.pad(ridge, ((0, 0), (0, k_pad - ridge.shape[-1])), constant_values=1)
     ridge = jnp.broadcast_to(ridge[..., None], (*k.shape[:3], k_pad, 1))
     return TileArrays(k, v, beta, log_decay, starts, before.kk, before.kv, ridge), final, decays.through
-
-
-def _factors(tiles: TileArrays, solver: SolverConfig) -> Factor | None:
-    """Factors all tiles in one batch; marks are float32, for the kernels."""
-    if not solver.max_steps:
-        return None
-    tile = tiles.tile()
-    found = xla.factor_tile(tile, nested.expected_decays(tile.decays), solver)
-    return None if found is None else found._replace(usable=found.usable.astype(jnp.float32))
-
-
-def _call(
-    body,
-    name: str,
-    arguments,
-    shapes,
-    flops: float,
-    config: TpuConfig,
-    interpret,
-    memory: tuple[int, int] | None = None,
-):
-    """Runs a kernel body over trees of arrays [n, b, h, ...], a few tiles at a time.
-
-    Args:
-      body: takes references to blocks [g, ...] of the arguments, a tree of those to the results, and scratch memory.
-      name: of the kernel.
-      arguments: the trees.
-      shapes: of the results of a tile, as a tree of the type to return.
-      flops: of a tile that takes all its steps, as most do not; what the compiler schedules other work by.
-      config, interpret: how to run.
-      memory: shape of each array of Memory for a tile; None if the body takes none.
-    """
-    leaves, structure = jax.tree.flatten(arguments)
-    lead = leaves[0].shape[:3]
-    num_tiles = math.prod(lead)
-    g = max(g for g in range(1, config.side_by_side + 1) if num_tiles % g == 0)
-    arrays = [x.reshape(num_tiles, *x.shape[3:]) for x in leaves]
-
-    def kernel(*refs):
-        inputs, results = refs[: len(arrays)], refs[len(arrays) : len(arrays) + len(shapes)]
-        scratch = refs[len(arrays) + len(shapes) :]
-        body(*jax.tree.unflatten(structure, inputs), type(shapes)(*results), *([Memory(*scratch)] if memory else []))
-
-    results = pl.pallas_call(
-        kernel,
-        grid=(num_tiles // g,),
-        in_specs=[_tiles_of(g, x.shape[1:]) for x in arrays],
-        out_specs=[_tiles_of(g, shape) for shape in shapes],
-        out_shape=[jax.ShapeDtypeStruct((num_tiles, *shape), jnp.float32) for shape in shapes],
-        cost_estimate=pl.CostEstimate(
-            flops=int(num_tiles * flops),
-            transcendentals=num_tiles * config.chunk_length**2,  # the decays of a tile
-            bytes_accessed=4 * (sum(x.size for x in arrays) + num_tiles * sum(map(math.prod, shapes))),
-        ),
-        scratch_shapes=[pltpu.VMEM((g, *memory), jnp.float32) for _ in Memory._fields] if memory else [],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=config.vmem_bytes),
-        interpret=interpret,
-        name=name,
-    )(*arrays)
-    return type(shapes)(*(x.reshape(*lead, *x.shape[1:]) for x in results))
-
-
-def _tiles_of(g: int, shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec((g, *shape), lambda i: (i, *[0] * len(shape)))
 
 
 def _pad(x: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk import algebra, nested, solver
-from pallas_kernels.mesa_chunk.nested import Factor
-from pallas_kernels.mesa_chunk.products import SIX_PASSES
+from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
+from pallas_kernels.mesa_chunk.products import SIX_PASSES, transposed_times
 from pallas_kernels.mesa_chunk.solver import Method, Problem, Rounds, Solution, SolverConfig, Steps
 
 
@@ -53,6 +53,13 @@ class ForwardResults(NamedTuple):
     solution: jax.Array  # [k, c]
     num_steps: jax.Array  # [1, c] float32, as all results are
     residual: jax.Array  # [1, c]
+
+
+class FactorRows(NamedTuple):
+    """What the second half of a factor stores of a tile."""
+
+    rows: jax.Array  # [c, k]
+    usable: jax.Array  # [1, c] float32
 
 
 class AdjointResults(NamedTuple):
@@ -109,12 +116,27 @@ def adjoint(
         results.dkk[i], results.dkv[i] = algebra.added_cotangents(x[i], y, dout[i], tile.decays)
 
 
+def tokens_systems(root, expected, k, beta, ridge, log_decay, starts, results: HalfFactor) -> None:
+    """First half of the factors, from inverse roots [k, k] of the systems before the tokens; references to blocks."""
+    for i in range(k.shape[0]):
+        decays = algebra.cumulative_decays(log_decay[i], starts[i])
+        inverse = transposed_times(root[i], root[i])
+        half = nested.tokens_system(inverse, k[i], beta[i], ridge[i], decays, expected[i])
+        _store(results, i, half._replace(usable=half.usable.astype(jnp.float32)))
+
+
+def factor_rows(root, solved, usable, log_decay, starts, results: FactorRows) -> None:
+    """Second half of the factors, from inverse roots [c, c] of the systems between tokens; references to blocks."""
+    for i in range(root.shape[0]):
+        decays = algebra.cumulative_decays(log_decay[i], starts[i])
+        rows, still_usable = nested.factor_rows(root[i], solved[i], usable[i] > 0, decays)
+        _store(results, i, (rows, still_usable.astype(jnp.float32)))
+
+
 def cotangents(x, y, residual, dout, arrays: TileArrays, dkk, dkv, results: algebra.Cotangents) -> None:
     """Gradients of the tiles; all arguments are references to blocks [g, ...]."""
     for i, a in enumerate(_load(arrays)):
-        found = algebra.cotangents(x[i], y[i], residual[i], dout[i], a.tile(), dkk[i], dkv[i])
-        for ref, value in zip(results, found, strict=True):
-            ref[i] = value
+        _store(results, i, algebra.cotangents(x[i], y[i], residual[i], dout[i], a.tile(), dkk[i], dkv[i]))
 
 
 class _Solved(NamedTuple):
@@ -222,6 +244,12 @@ def _load(refs) -> list:
     """Returns the tiles of a tree of references as a list of trees."""
     num_tiles = jax.tree.leaves(refs)[0].shape[0]
     return [jax.tree.map(lambda ref, i=i: ref[i], refs) for i in range(num_tiles)]
+
+
+def _store(refs: tuple, i: int, values: tuple) -> None:
+    """Stores what was found of tile i."""
+    for ref, value in zip(refs, values, strict=True):
+        ref[i] = value
 
 
 def _factors(refs: Factor | None, num_tiles: int) -> list[Factor | None]:

@@ -4,12 +4,20 @@ A library's decompositions would be as fast on a CPU at best, and ten times slow
 each other. Where a matrix is not positive definite the results hold NaN.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk.products import times, times_transposed, transpose, transposed_times
 
-LEAF = 32  # rows of a block that is eliminated row by row; 32 is faster than 16 on a CPU
+
+class Leaf(NamedTuple):
+    """How blocks are taken that are cut no further: up to what size, and by what, which is as `inverse_root`."""
+
+    size: int
+    inverse_root: Callable[[jax.Array, float], jax.Array]
 
 
 def inverse(a: jax.Array) -> jax.Array:
@@ -24,21 +32,22 @@ def inverse(a: jax.Array) -> jax.Array:
     return _blocks(above, transpose(corner), corner, transposed_times(last, last))
 
 
-def inverse_root(a: jax.Array, least: float = 0.0) -> jax.Array:
+def inverse_root(a: jax.Array, least: float = 0.0, leaf: Leaf | None = None) -> jax.Array:
     """Returns L^-1 [..., n, n], L the lower Cholesky factor of a; row i depends on the first i + 1 rows of a alone.
 
     Args:
       a: the matrix.
       least: a number below its smallest eigenvalue, if one is known; squares on the diagonal of L that rounding has
         brought below it are raised to it.
+      leaf: how to take the last blocks; None eliminates them row by row.
     """
-    n = a.shape[-1]
-    if n <= LEAF:
-        return _eliminate(a, least)
+    n, leaf = a.shape[-1], leaf or BY_ROWS
+    if n <= leaf.size:
+        return leaf.inverse_root(a, least)
     m = n // 2
-    first = inverse_root(a[..., :m, :m], least)
+    first = inverse_root(a[..., :m, :m], least, leaf)
     across = times(first, a[..., :m, m:])
-    last = inverse_root(a[..., m:, m:] - transposed_times(across, across), least)
+    last = inverse_root(a[..., m:, m:] - transposed_times(across, across), least, leaf)
     corner = -times(times_transposed(last, across), first)
     return _blocks(first, jnp.zeros_like(transpose(corner)), corner, last)
 
@@ -59,6 +68,9 @@ def _eliminate(a: jax.Array, least: float) -> jax.Array:
     return jax.lax.fori_loop(0, n, take_row, jnp.concatenate([a, identity], axis=-1))[..., n:]
 
 
+BY_ROWS = Leaf(32, _eliminate)  # 32 rows are faster than 16 on a CPU
+
+
 def inverse_work(n: int) -> float:
     """Returns the multiply-adds of `inverse`."""
     return inverse_root_work(n) + n**3 / 2
@@ -66,7 +78,7 @@ def inverse_work(n: int) -> float:
 
 def inverse_root_work(n: int) -> float:
     """Returns the multiply-adds of `inverse_root`."""
-    if n <= LEAF:
+    if n <= BY_ROWS.size:
         return 2 * n**3
     return inverse_root_work(n // 2) + inverse_root_work(n - n // 2) + n**3 / 2
 

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
-from pallas_kernels.mesa_chunk.pallas_tpu import LANES, MEBIBYTE, why_not
+from pallas_kernels.mesa_chunk.pallas_tpu import why_not
+from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, MEBIBYTE
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.mesa_step import pallas_tpu_kernel
 from pallas_kernels.mesa_step.pallas_tpu_kernel import StepResults, TokenArrays

@@ -32,7 +32,7 @@ DOCUMENTS = np.zeros((2, 150), np.int32)
 DOCUMENTS[0, 40:], DOCUMENTS[0, 140:], DOCUMENTS[1, 129:] = 1, 2, 3  # one boundary after another, one past the chunk's
 
 
-def call(inputs, starts, cotangents, solver=CONVERGED, **choices):
+def call(inputs, starts, cotangents, solver=CONVERGED, config=pallas_tpu.TpuConfig(), **choices):
     """Values and gradients as one tuple, from the adapter's own forward and backward."""
     q, k, v, log_decay, beta, ridge, kk, kv = (jnp.float32(x) for x in inputs)
     dout, *dstate = (jnp.float32(x) for x in cotangents)
@@ -40,8 +40,9 @@ def call(inputs, starts, cotangents, solver=CONVERGED, **choices):
 
     @jax.jit
     def run(q, rest, dout, dstate):
-        out, state, x, report, factors = pallas_tpu.forward(q, *rest, solver=solver, **choices)
-        *grads, before = pallas_tpu.backward(rest, x, factors, dout, MesaState(*dstate), solver=solver, **choices)
+        out, state, x, report, factors = pallas_tpu.forward(q, *rest, solver=solver, config=config, **choices)
+        dstate = MesaState(*dstate)
+        *grads, before = pallas_tpu.backward(rest, x, factors, dout, dstate, solver=solver, config=config, **choices)
         return (out, *state, *grads, *before), report
 
     return run(q, rest, dout, dstate)
@@ -106,7 +107,8 @@ def test_the_kernels_neither_race_nor_read_what_was_not_written(truth):
     """In the simulator of a TPU: memory starts as NaN, copies arrive when they are waited for, tiles in any order."""
     simulator = pltpu.InterpretParams(detect_races=True, random_seed=5, out_of_bounds_reads="raise")
     inputs = sample(TWO_CHUNKS)
-    found, _ = call(inputs, starts_of(DOCUMENTS), random_cotangents(inputs), interpret=simulator)
+    config = pallas_tpu.TpuConfig(root_size=32)  # it looks at every access to memory, and those grow with the cube
+    found, _ = call(inputs, starts_of(DOCUMENTS), random_cotangents(inputs), config=config, interpret=simulator)
     assert_all_near(found, truth)
     assert not interpret_pallas_call.races.races_found
 
@@ -154,3 +156,5 @@ def test_forward_and_backward_compile_for_every_generation(key_dim, value_dim, p
 
     program = compile_for(chip, both, q, rest, v, state)
     assert all(f"mesa_chunk_{name}" in program for name in ("forward", "adjoint", "cotangents"))
+    makes_factors = preconditioner == "nested"
+    assert all((f"mesa_chunk_{name}" in program) == makes_factors for name in ("roots", "tokens", "rows"))

@@ -76,9 +76,9 @@ def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
     matrix, row = _of_tiles(size, size), _of_tiles(1, size)
     arrays = _tile_arrays(size)
     if kernel == "tokens":
-        return pallas_tpu_factor.tokens_systems, (matrix, _of_tiles(1, 1), arrays)
+        return pallas_tpu_factor.first_half_tiles, (matrix, _of_tiles(1, 1), arrays)
     if kernel == "rows":
-        return pallas_tpu_factor.factor_rows, (matrix, HalfFactor(matrix, matrix, matrix, row), arrays)
+        return pallas_tpu_factor.second_half_tiles, (matrix, HalfFactor(matrix, matrix, matrix, row), arrays)
     if solver is None:
         return mesa_tpu.cotangent_tiles, (matrix, matrix, matrix, matrix, arrays, MesaState(matrix, matrix))
     factor = Factor(matrix, matrix, _of_tiles(1, 1), row) if solver.preconditioner == "nested" else None

@@ -61,8 +61,8 @@ def make_factor(tile: Tile, expected: jax.Array) -> Factor:
     """
     decays = tile.decays
     inverse = positive.inverse(state_system(tile.kk, tile.ridge, decays, expected))
-    half = tokens_system(inverse, tile.k, tile.beta, tile.ridge, decays, expected)
-    rows, usable = factor_rows(positive.inverse_root(half.gram, least=1.0), half.solved, half.usable, decays)
+    half = first_half(inverse, tile.k, tile.beta, tile.ridge, decays, expected)
+    rows, usable = second_half(positive.inverse_root(half.gram, least=1.0), half.solved, half.usable, decays)
     return Factor(half.inverse, rows, log_anchor(expected), usable)
 
 
@@ -72,7 +72,7 @@ class HalfFactor(NamedTuple):
     inverse: jax.Array  # [k, k], as in Factor
     solved: jax.Array  # [k, c], B K~
     gram: jax.Array  # [c, c], 1 + K~' B K~
-    usable: jax.Array  # [1, c] bool
+    usable: jax.Array  # [1, c] bool; float32 where kernels hand it on
 
 
 def log_anchor(expected: jax.Array) -> jax.Array:
@@ -86,10 +86,10 @@ def state_system(kk: jax.Array, ridge: jax.Array, decays: Decays, expected: jax.
     return sees_state * kk + _diagonal(jnp.exp(log_anchor(expected)) * ridge)
 
 
-def tokens_system(
+def first_half(
     inverse: jax.Array, k: jax.Array, beta: jax.Array, ridge: jax.Array, decays: Decays, expected: jax.Array
 ) -> HalfFactor:
-    """Returns the system that says how tokens go into each other, from the inverse of the one before them."""
+    """Returns the system that says how tokens go into each other, from the inverse [k, k] of the one before them."""
     worth, frozen = is_worth_it(expected), _frozen(decays, log_anchor(expected))
     sound = worth & jnp.isfinite(jnp.sum(sum_down(inverse), axis=-1, keepdims=True))
     inverse = jnp.where(sound, inverse, 0)
@@ -103,7 +103,7 @@ def tokens_system(
     return HalfFactor(inverse, jnp.where(usable, solved, 0), gram, usable)
 
 
-def factor_rows(root: jax.Array, solved: jax.Array, usable: jax.Array, decays: Decays) -> tuple[jax.Array, jax.Array]:
+def second_half(root: jax.Array, solved: jax.Array, usable: jax.Array, decays: Decays) -> tuple[jax.Array, jax.Array]:
     """Returns rows [c, k] and marks [1, c] of a factor, of the inverse root of `gram` and the fields of HalfFactor."""
     rows = times_transposed(root, solved)
     usable &= _sees_finite(to_row(jnp.sum(rows, axis=-1, keepdims=True)), decays)

@@ -19,9 +19,9 @@ def factors(tiles: TileArrays, *, config: TpuConfig, interpret=False) -> Factor:
     def make():
         begun = nested.state_system(tiles.kk, tiles.ridge, decays, expected)
         root = _inverse_root(begun, 0.0, config, interpret)
-        half = tokens_systems(root, expected, tiles, config=config, interpret=interpret)
+        half = first_half_tiles(root, expected, tiles, config=config, interpret=interpret)
         root = _inverse_root(half.gram, 1.0, config, interpret)
-        found = factor_rows(root, half, tiles, config=config, interpret=interpret)
+        found = second_half_tiles(root, half, tiles, config=config, interpret=interpret)
         return Factor(half.inverse, found.rows, nested.log_anchor(expected), found.usable)
 
     def make_none():
@@ -31,24 +31,27 @@ def factors(tiles: TileArrays, *, config: TpuConfig, interpret=False) -> Factor:
     return jax.lax.cond(jnp.any(nested.is_worth_it(expected)), make, make_none)
 
 
-def tokens_systems(root, expected, tiles: TileArrays, *, config=TpuConfig(), interpret=False) -> HalfFactor:
-    """Returns the first half of the factors, from inverse roots [n, b, h, k, k] of the systems before the tokens."""
+def first_half_tiles(root, expected, tiles: TileArrays, *, config=TpuConfig(), interpret=False) -> HalfFactor:
+    """Returns the first half of the factors, from inverse roots [n, b, h, k, k] of the systems before the tokens.
+
+    `expected` are the tiles' expected decays [n, b, h, 1, 1].
+    """
     c, k = tiles.k.shape[-2:]
     arguments = root, expected, tiles.k, tiles.beta, tiles.ridge, tiles.log_decay, tiles.starts
     shapes = HalfFactor((k, k), (k, c), (c, c), (1, c))
     flops = 2 * (k**3 + c * k * k + c * c * k)
-    return call(pallas_tpu_kernel.tokens_systems, "mesa_chunk_tokens", arguments, shapes, flops, config, interpret)
+    return call(pallas_tpu_kernel.first_halves, "mesa_chunk_tokens", arguments, shapes, flops, config, interpret)
 
 
-def factor_rows(root, half: HalfFactor, tiles: TileArrays, *, config=TpuConfig(), interpret=False) -> FactorRows:
+def second_half_tiles(root, half: HalfFactor, tiles: TileArrays, *, config=TpuConfig(), interpret=False) -> FactorRows:
     """Returns the second half of the factors, from inverse roots [n, b, h, c, c] of the systems between tokens."""
     c, k = tiles.k.shape[-2:]
     arguments = root, half.solved, half.usable, tiles.log_decay, tiles.starts
     shapes = FactorRows((c, k), (1, c))
-    return call(pallas_tpu_kernel.factor_rows, "mesa_chunk_rows", arguments, shapes, 2 * c * c * k, config, interpret)
+    return call(pallas_tpu_kernel.second_halves, "mesa_chunk_rows", arguments, shapes, 2 * c * c * k, config, interpret)
 
 
 def _inverse_root(a: jax.Array, least: float, config: TpuConfig, interpret) -> jax.Array:
-    """Returns positive.inverse_root of matrices whose size is a multiple of 128."""
-    take_root = functools.partial(pallas_tpu_roots.inverse_root, interpret=interpret)
+    """Returns positive.inverse_root, by the kernel as soon as matrices are small enough."""
+    take_root = functools.partial(pallas_tpu_roots.inverse_root, vmem_bytes=config.vmem_bytes, interpret=interpret)
     return positive.inverse_root(a, least, positive.Leaf(config.root_size, take_root))

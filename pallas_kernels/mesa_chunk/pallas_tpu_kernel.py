@@ -116,20 +116,20 @@ def adjoint(
         results.dkk[i], results.dkv[i] = algebra.added_cotangents(x[i], y, dout[i], tile.decays)
 
 
-def tokens_systems(root, expected, k, beta, ridge, log_decay, starts, results: HalfFactor) -> None:
+def first_halves(root, expected, k, beta, ridge, log_decay, starts, results: HalfFactor) -> None:
     """First half of the factors, from inverse roots [k, k] of the systems before the tokens; references to blocks."""
     for i in range(k.shape[0]):
         decays = algebra.cumulative_decays(log_decay[i], starts[i])
         inverse = transposed_times(root[i], root[i])
-        half = nested.tokens_system(inverse, k[i], beta[i], ridge[i], decays, expected[i])
+        half = nested.first_half(inverse, k[i], beta[i], ridge[i], decays, expected[i])
         _store(results, i, half._replace(usable=half.usable.astype(jnp.float32)))
 
 
-def factor_rows(root, solved, usable, log_decay, starts, results: FactorRows) -> None:
+def second_halves(root, solved, usable, log_decay, starts, results: FactorRows) -> None:
     """Second half of the factors, from inverse roots [c, c] of the systems between tokens; references to blocks."""
     for i in range(root.shape[0]):
         decays = algebra.cumulative_decays(log_decay[i], starts[i])
-        rows, still_usable = nested.factor_rows(root[i], solved[i], usable[i] > 0, decays)
+        rows, still_usable = nested.second_half(root[i], solved[i], usable[i] > 0, decays)
         _store(results, i, (rows, still_usable.astype(jnp.float32)))
 
 

@@ -1,7 +1,7 @@
 """The TPU kernel for roots of many small matrices: one matrix per lane, so that no step waits for a sum or a product.
 
-Eliminating one matrix row by row waits for each pivot; 128 of them, an entry of all in one register row, wait no longer
-than one does, and everything in between is elementwise.
+Eliminating one matrix row by row waits for each pivot to cross lanes and rows; with an entry of 128 matrices in one
+register row nothing crosses lanes, and everything between two pivots is elementwise.
 """
 
 import functools
@@ -19,9 +19,17 @@ SUBLANES = 8
 AT_ONCE = 4  # rows whose factors stay in registers
 
 
-def inverse_root(a: jax.Array, least: float = 0.0, *, interpret=False) -> jax.Array:
-    """Returns what positive.inverse_root does, for float32 matrices [..., n, n] with n a multiple of 8."""
+def inverse_root(a: jax.Array, least: float = 0.0, *, vmem_bytes: int = 64 * MEBIBYTE, interpret=False) -> jax.Array:
+    """Returns what positive.inverse_root does, for float32 matrices [..., n, n].
+
+    `vmem_bytes` is what the compiler may use, of which 128 matrices take five times their size.
+
+    Raises:
+      ValueError: n is not a multiple of 8.
+    """
     n, num = a.shape[-1], math.prod(a.shape[:-2])
+    if n % SUBLANES:
+        raise ValueError(f"mesa_chunk_roots: matrices have {n} rows, the kernel takes multiples of {SUBLANES}.")
     rows = a.reshape(num * n, n)
     block = pl.BlockSpec((LANES * n, n), lambda i: (i, 0))
     roots = pl.pallas_call(
@@ -34,7 +42,7 @@ def inverse_root(a: jax.Array, least: float = 0.0, *, interpret=False) -> jax.Ar
         cost_estimate=pl.CostEstimate(
             flops=num * n**3, transcendentals=num * n, bytes_accessed=2 * rows.size * rows.dtype.itemsize
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=64 * MEBIBYTE),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes),
         interpret=interpret,
         name="mesa_chunk_roots",
     )(rows)

@@ -21,8 +21,8 @@ class TpuConfig:
     Attributes:
       chunk_length: tokens a tile holds, a multiple of 128 since tokens lie in lanes.
       side_by_side: most tiles that a program solves at once; a single one waits for itself.
-      root_size: rows of the largest matrices whose roots are taken in one go, larger ones by halves; 128 matrices and
-        their roots have to fit into memory twice.
+      root_size: rows of the largest matrices whose roots are taken in one go, larger ones by halves; what that
+        leaves has to be a multiple of 8.
       vmem_bytes: what the compiler may use; blocks are there twice, one being computed on and one being fetched.
     """
 

@@ -65,79 +65,87 @@ def _kernel(a_ref, root_ref, memory, *, least: float) -> None:
 
 
 def _eliminate(memory, least: float) -> None:
-    """Turns symmetric matrices [n, n, l] into their L^-1 by row operations, eight rows at a time.
+    """Turns symmetric matrices [n, n, l] into their L^-1 by row operations, a group of eight rows at a time.
 
-    A row holds at once what is left of the matrix, behind its eight columns, and what the operations so far have made
-    of the identity, up to there: neither is needed where the other is. What a row is multiplied by when it is taken off
-    another one stands in it, since the matrix is symmetric.
+    A row holds at once what is left of the matrix, behind the columns of its group, and what the operations so far have
+    made of the identity, up to there: neither is needed where the other is. What a row is multiplied by when it is
+    taken off another one stands in it, since the matrix is symmetric.
 
     Loops have a fixed length and branches in them, although half of their turns have nothing to do: the compiler's cost
     estimate counts no others.
     """
-    n, _, lanes = memory.shape
-    groups, place = n // SUBLANES, lax.broadcasted_iota(jnp.int32, (SUBLANES, lanes), 0)
-    nothing = jnp.zeros((SUBLANES, lanes), jnp.float32)
+    groups = memory.shape[0] // SUBLANES
 
-    def columns(v):
-        return pl.ds(pl.multiple_of(v * SUBLANES, SUBLANES), SUBLANES)
+    def take(g, _):
+        own, sizes, into = _own_columns(memory, g, least)
+        lax.fori_loop(0, groups, lambda v, _: _reduce_own(memory, g, v, sizes, into), None)
+        for i, columns in zip(_rows(g), own, strict=True):
+            memory[i, _columns(g), :] = columns
+        lax.fori_loop(0, groups, lambda k, _: pl.when(k > g)(lambda: _reduce_below(memory, g, k)), None)
+        lax.fori_loop(0, groups, lambda v, _: pl.when(v > g)(lambda: _clear(memory, g, v)), None)
 
-    def take_group(g, _):
-        taken = [g * SUBLANES + i for i in range(SUBLANES)]
-        # the eight columns of the eight rows alone say how they go into each other
-        own = [memory[i, columns(g), :] for i in taken]
-        sizes, into = [], {}
-        for j in range(SUBLANES):
-            pivot = _spread(own[j], j)
-            sizes.append(lax.rsqrt(jnp.maximum(pivot, least) if least else pivot))
-            own[j] = jnp.where(place == j, sizes[j], own[j] * sizes[j])
-            for i in range(j + 1, SUBLANES):
-                into[i, j] = _spread(own[j], i)
-                own[i] = jnp.where(place == j, 0, own[i]) - into[i, j] * own[j]
+    lax.fori_loop(0, groups, take, None)
 
-        def reduce_taken(v, _):
-            rows = [memory[i, columns(v), :] for i in taken]
-            for j in range(SUBLANES):
-                rows[j] = rows[j] * sizes[j]
-                for i in range(j + 1, SUBLANES):
-                    rows[i] = rows[i] - into[i, j] * rows[j]
-            for i, row in zip(taken, rows, strict=True):
-                memory[i, columns(v), :] = row
 
-        lax.fori_loop(0, groups, reduce_taken, None)
-        for j, i in enumerate(taken):
-            memory[i, columns(g), :] = jnp.where(place <= j, own[j], 0)
+def _own_columns(memory, g, least: float) -> tuple[list[jax.Array], list[jax.Array], dict[tuple[int, int], jax.Array]]:
+    """Returns what becomes of the columns of group g in its own rows, which alone say how these go into each other.
 
-        def reduce_group(k, _):
-            @pl.when(k > g)
-            def _():
-                for i in range(SUBLANES):
-                    memory[k * SUBLANES + i, columns(g), :] = nothing
-                factors = [memory[j, columns(k), :] for j in taken]
-                for some in range(0, SUBLANES, AT_ONCE):
-                    _take_off(range(some, some + AT_ONCE), k, factors)
+    Returns:
+      The columns of each row, the factor of each row, and for (i, j) how often row j goes into row i; [8, l] each.
+    """
+    own = [memory[i, _columns(g), :] for i in _rows(g)]
+    place = lax.broadcasted_iota(jnp.int32, own[0].shape, 0)
+    sizes, into = [], {}
+    for j in range(SUBLANES):
+        pivot = _spread(own[j], j)
+        sizes.append(lax.rsqrt(jnp.maximum(pivot, least) if least else pivot))
+        own[j] = jnp.where(place == j, sizes[j], own[j] * sizes[j])
+        for i in range(j + 1, SUBLANES):
+            into[i, j] = _spread(own[j], i)
+            own[i] = jnp.where(place == j, 0, own[i]) - into[i, j] * own[j]
+    return [jnp.where(place <= j, x, 0) for j, x in enumerate(own)], sizes, into
 
-        def _take_off(places, k, factors):
-            into = [[_spread(factor, i) for factor in factors] for i in places]
 
-            def reduce(v, _):
-                rows = [memory[j, columns(v), :] for j in taken]
-                for i, row_into in zip(places, into, strict=True):
-                    products = [factor * row for factor, row in zip(row_into, rows, strict=True)]
-                    memory[k * SUBLANES + i, columns(v), :] -= _tree_sum(products)
+def _reduce_own(memory, g, v, sizes, into) -> None:
+    """Takes the rows of group g off each other in the columns of group v."""
+    rows = [memory[i, _columns(v), :] for i in _rows(g)]
+    for j in range(SUBLANES):
+        rows[j] = rows[j] * sizes[j]
+        for i in range(j + 1, SUBLANES):
+            rows[i] = rows[i] - into[i, j] * rows[j]
+    for i, row in zip(_rows(g), rows, strict=True):
+        memory[i, _columns(v), :] = row
 
-            lax.fori_loop(0, groups, reduce, None)
 
-        lax.fori_loop(0, groups, reduce_group, None)
+def _reduce_below(memory, g, k) -> None:
+    """Takes the rows of group g off those of group k, whose columns of group g so far belong to the matrix."""
+    factors = [memory[j, _columns(k), :] for j in _rows(g)]
+    for i in _rows(k):
+        memory[i, _columns(g), :] = jnp.zeros_like(factors[0])
+    for some in range(0, SUBLANES, AT_ONCE):
+        below = list(enumerate(_rows(k)))[some : some + AT_ONCE]
+        into = [(i, [_spread(factor, place) for factor in factors]) for place, i in below]
 
-        def clear(v, _):
-            @pl.when(v > g)
-            def _():
-                for i in taken:
-                    memory[i, columns(v), :] = nothing
+        def reduce(v, _, into=into):
+            rows = [memory[j, _columns(v), :] for j in _rows(g)]
+            for i, row_into in into:
+                memory[i, _columns(v), :] -= _tree_sum([x * row for x, row in zip(row_into, rows, strict=True)])
 
-        lax.fori_loop(0, groups, clear, None)
+        lax.fori_loop(0, memory.shape[0] // SUBLANES, reduce, None)
 
-    lax.fori_loop(0, groups, take_group, None)
+
+def _clear(memory, g, v) -> None:
+    """Forgets the matrix behind the columns of group g, in its rows."""
+    for i in _rows(g):
+        memory[i, _columns(v), :] = jnp.zeros((SUBLANES, memory.shape[-1]), jnp.float32)
+
+
+def _rows(g) -> list:
+    return [g * SUBLANES + i for i in range(SUBLANES)]
+
+
+def _columns(g):
+    return pl.ds(pl.multiple_of(g * SUBLANES, SUBLANES), SUBLANES)
 
 
 def _spread(rows: jax.Array, i: int) -> jax.Array:

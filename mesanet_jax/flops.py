@@ -67,7 +67,7 @@ def _seen(length: int, span: int) -> float:
 def _factor_flops(c: MesaNetConfig, length: int, solver_steps: float | None) -> float:
     """FLOPs per token and layer of the factors of all heads; 0 if the solver makes none."""
     chunk = min(length, CHUNK)
-    made = _steps(c, solver_steps) and c.solver.preconditioner == "nested" and nested.serves(chunk, c.key_dim)
+    made = _steps(c, solver_steps) and nested.serves(c.solver, chunk, c.key_dim)
     return 2 * c.num_heads * work.factor(c.key_dim, chunk) if made else 0.0
 
 

@@ -30,9 +30,9 @@ class Factor(NamedTuple):
     usable: jax.Array  # [1, c] bool, whether it is of use to a token; what belongs to others is 0
 
 
-def serves(c: int, k: int) -> bool:
-    """Returns whether a chunk of c tokens is long enough for a factor of key size k; one token never is."""
-    return c > 1 and c >= LEAST_TOKENS * k
+def serves(config: SolverConfig, c: int, k: int) -> bool:
+    """Returns whether chunks of c tokens get factors of key size k: if they are solved so, and long enough for one."""
+    return config.max_steps > 0 and config.preconditioner == "nested" and c > 1 and c >= LEAST_TOKENS * k
 
 
 def expected_decays(decays: Decays) -> jax.Array:

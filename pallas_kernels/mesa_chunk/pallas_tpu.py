@@ -41,9 +41,8 @@ def forward(
     """Returns what xla.forward does; the factors are those of this file's chunks."""
     length, key_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     tiles, final, _ = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
-    takes_factors = solver.max_steps > 0 and solver.preconditioner == "nested"
-    takes_factors &= nested.serves(min(length, config.chunk_length), key_dim)
-    factors = pallas_tpu_factor.factors(tiles, config=config, interpret=interpret) if takes_factors else None
+    served = nested.serves(solver, min(length, config.chunk_length), key_dim)
+    factors = pallas_tpu_factor.factors(tiles, config=config, interpret=interpret) if served else None
     columns = to_columns(_pad(q), config.chunk_length)
     found = forward_tiles(columns, tiles, factors, solver=solver, config=config, interpret=interpret)
     out, x, num_steps, residual = (to_sequence(y, length) for y in found)

@@ -110,7 +110,7 @@ def backward(
 
 def factor_tile(tile: algebra.Tile, expected: jax.Array, solver: SolverConfig) -> Factor | None:
     """Factors a tile of this expected log decay where that is worth it; None if the solver uses no factors at all."""
-    if solver.preconditioner == "none" or not nested.serves(*tile.k.shape[-2:]):
+    if not nested.serves(solver, *tile.k.shape[-2:]):
         return None
     worth = jnp.any(nested.is_worth_it(expected))
     return jax.lax.cond(worth, nested.make_factor, nested.no_factor, tile, expected)

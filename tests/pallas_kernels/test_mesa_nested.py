@@ -218,7 +218,7 @@ def test_the_decay_expected_of_a_chunk_is_that_of_the_tokens_before_it_in_its_do
 
 @pytest.mark.parametrize(("c", "k", "serves"), [(1, 4, False), (2, 16, True), (15, 128, False), (16, 128, True)])
 def test_a_factor_is_made_only_for_chunks_long_enough_to_pay_for_it(c, k, serves):
-    assert nested.serves(c, k) == serves
+    assert nested.serves(SolverConfig(), c, k) == serves
 
 
 # dtype of the inputs, precision of the steps, heads, tokens: 72 tokens are two chunks

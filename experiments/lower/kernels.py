@@ -72,29 +72,24 @@ def router_descent_row(*tile: int) -> Kernel:
 
 def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
     """A kernel of mesa_chunk on four tiles, each solve one round of so many steps of every method."""
-    size = 128
-    matrix, row = _of_tiles(size, size), _of_tiles(1, size)
-    arrays = _tile_arrays(size)
+    tiles, size = (1, 1, 4), 128
+
+    def array(*shape: int, dtype: str = "float32"):
+        return jax.ShapeDtypeStruct((*tiles, *shape), dtype)
+
+    matrix, row = array(size, size), array(1, size)
+    starts = array(1, size, dtype="int32")
+    arrays = TileArrays(matrix, matrix, row, row, starts, matrix, matrix, array(size, 1))
     if kernel == "tokens":
-        return pallas_tpu_factor.first_half_tiles, (matrix, _of_tiles(1, 1), arrays)
+        return pallas_tpu_factor.first_half_tiles, (matrix, array(1, 1), arrays)
     if kernel == "rows":
         return pallas_tpu_factor.second_half_tiles, (matrix, HalfFactor(matrix, matrix, matrix, row), arrays)
     if solver is None:
         return mesa_tpu.cotangent_tiles, (matrix, matrix, matrix, matrix, arrays, MesaState(matrix, matrix))
-    factor = Factor(matrix, matrix, _of_tiles(1, 1), row) if solver.preconditioner == "nested" else None
+    factor = Factor(matrix, matrix, array(1, 1), row) if solver.preconditioner == "nested" else None
     columns = (matrix,) if kernel == "forward" else (matrix, matrix)
     function = mesa_tpu.forward_tiles if kernel == "forward" else mesa_tpu.adjoint_tiles
     return _of_steps(steps, pallas_tpu_kernel, functools.partial(function, solver=solver)), (*columns, arrays, factor)
-
-
-def _of_tiles(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
-    """What four tiles have of an array."""
-    return jax.ShapeDtypeStruct((1, 1, 4, *shape), dtype)
-
-
-def _tile_arrays(size: int) -> TileArrays:
-    matrix, row = _of_tiles(size, size), _of_tiles(1, size)
-    return TileArrays(matrix, matrix, row, row, _of_tiles(1, size, dtype="int32"), matrix, matrix, _of_tiles(size, 1))
 
 
 def build_roots(steps: int) -> Built:

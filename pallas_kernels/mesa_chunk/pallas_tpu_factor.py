@@ -13,11 +13,11 @@ from pallas_kernels.mesa_chunk.pallas_tpu_tiles import TpuConfig, call
 
 def factors(tiles: TileArrays, *, config: TpuConfig, interpret=False) -> Factor:
     """Returns the factors of tiles [n, b, h, ...], made if any is worth it; marks are float32, for the kernels."""
-    decays = tiles.tile().decays
-    expected = nested.expected_decays(decays)
+    tile = tiles.tile()
+    expected = nested.expected_decays(tile.decays)
 
     def make():
-        begun = nested.state_system(tiles.kk, tiles.ridge, decays, expected)
+        begun = nested.state_system(tile.kk, tile.ridge, tile.decays, expected)
         root = _inverse_root(begun, 0.0, config, interpret)
         half = first_half_tiles(root, expected, tiles, config=config, interpret=interpret)
         root = _inverse_root(half.gram, 1.0, config, interpret)
@@ -25,7 +25,7 @@ def factors(tiles: TileArrays, *, config: TpuConfig, interpret=False) -> Factor:
         return Factor(half.inverse, found.rows, nested.log_anchor(expected), found.usable)
 
     def make_none():
-        nothing = nested.no_factor(tiles.tile(), expected)
+        nothing = nested.no_factor(tile, expected)
         return nothing._replace(usable=nothing.usable.astype(jnp.float32))
 
     return jax.lax.cond(jnp.any(nested.is_worth_it(expected)), make, make_none)

@@ -13,6 +13,7 @@ from tolerances import CHUNKWISE, assert_near
 
 from pallas_kernels.mesa_chunk import nested, pallas_tpu_factor, positive
 from pallas_kernels.mesa_chunk.cases import HARD, sample
+from pallas_kernels.mesa_chunk.chunks import to_chunks, to_rows
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import TileArrays
 from pallas_kernels.mesa_chunk.pallas_tpu_roots import inverse_root
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import TpuConfig
@@ -68,19 +69,13 @@ def test_matrices_that_are_no_multiple_of_8_are_refused():
 
 
 def tiles_of(inputs, c: int) -> TileArrays:
-    """Two chunks [n, b, h, ...] that begin with the states of the case; the second holds a document's start."""
-
-    def cut(x):
-        x = np.float32(x[:, : 2 * c]).reshape(x.shape[0], 2, c, *x.shape[2:])
-        return jnp.asarray(np.moveaxis(x, (1, 3), (0, 2)))  # [n, b, h, c, ...]
-
-    k, v, log_decay, beta = (cut(x) for x in (inputs.k, inputs.v, inputs.log_decay, inputs.beta))
-    lead = k.shape[:3]
-    starts = np.zeros((*lead, 1, c), np.int32)
-    starts[1, ..., 0, 40] = 1
-    kk, kv = (jnp.broadcast_to(jnp.float32(x), (2, *x.shape)) for x in (inputs.kk, inputs.kv))
-    ridge = jnp.broadcast_to(jnp.float32(inputs.ridge)[..., None], (*lead, k.shape[-1], 1))
-    return TileArrays(k, v, beta[..., None, :], log_decay[..., None, :], jnp.asarray(starts), kk, kv, ridge)
+    """Chunks [n, b, h, ...] that each begin with the states of the case; a document starts in the second."""
+    k, v = (to_chunks(jnp.float32(x), c) for x in (inputs.k, inputs.v))
+    beta, log_decay = (to_rows(jnp.float32(x), c) for x in (inputs.beta, inputs.log_decay))
+    starts = jnp.zeros(beta.shape, jnp.int32).at[1, ..., 40].set(1)
+    kk, kv = (jnp.broadcast_to(jnp.float32(x), (k.shape[0], *x.shape)) for x in (inputs.kk, inputs.kv))
+    ridge = jnp.broadcast_to(jnp.float32(inputs.ridge)[..., None], (*k.shape[:3], k.shape[-1], 1))
+    return TileArrays(k, v, beta, log_decay, starts, kk, kv, ridge)
 
 
 @pytest.mark.parametrize("spoil", [False, True])
@@ -89,9 +84,8 @@ def test_factors_are_those_that_are_made_without_kernels_token_by_token(spoil):
     tiles = tiles_of(inputs, 128)
     if spoil:
         tiles = tiles._replace(k=tiles.k.at[1, 0, 1, 60, 3].set(jnp.nan))
-    factors = jax.jit(functools.partial(pallas_tpu_factor.factors, config=TpuConfig(root_size=32), interpret=True))(
-        tiles
-    )
+    make = functools.partial(pallas_tpu_factor.factors, config=TpuConfig(root_size=32), interpret=True)
+    factors = jax.jit(make)(tiles)
     tile = tiles.tile()
     truth = jax.jit(nested.make_factor)(tile, nested.expected_decays(tile.decays))
     np.testing.assert_array_equal(factors.usable > 0, truth.usable)

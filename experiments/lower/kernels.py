@@ -79,17 +79,19 @@ def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
 
     matrix, row = array(size, size), array(1, size)
     starts = array(1, size, dtype="int32")
-    arrays = TileArrays(matrix, matrix, row, row, starts, matrix, matrix, array(size, 1))
+    arrays = TileArrays(matrix, matrix, row, row, starts, matrix, matrix, row)
     if kernel == "tokens":
         return pallas_tpu_factor.first_half_tiles, (matrix, array(1, 1), arrays)
     if kernel == "rows":
         return pallas_tpu_factor.second_half_tiles, (matrix, HalfFactor(matrix, matrix, matrix, row), arrays)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), MesaState(matrix, matrix))
+    if kernel == "states":
+        return mesa_tpu.state_and_system_tiles, (matrix, matrix, row, row, starts, row, state)
     if solver is None:
-        return mesa_tpu.cotangent_tiles, (matrix, matrix, matrix, matrix, arrays, MesaState(matrix, matrix))
+        return mesa_tpu.cotangent_tiles, (matrix, matrix, matrix, matrix, arrays, state)
     factor = Factor(matrix, matrix, array(1, 1), row) if solver.preconditioner == "nested" else None
-    columns = (matrix,) if kernel == "forward" else (matrix, matrix)
     function = mesa_tpu.forward_tiles if kernel == "forward" else mesa_tpu.adjoint_tiles
-    return _of_steps(steps, pallas_tpu_kernel, functools.partial(function, solver=solver)), (*columns, arrays, factor)
+    return _of_steps(steps, pallas_tpu_kernel, functools.partial(function, solver=solver)), (matrix, arrays, factor)
 
 
 def build_roots(steps: int) -> Built:
@@ -157,6 +159,7 @@ MESA = (
     *(mesa_row("forward", preconditioner="none", precision=p) for p in PRECISIONS),
     *(mesa_row("forward", preconditioner="nested", precision=p) for p in PRECISIONS),
     mesa_row("adjoint", preconditioner="nested", precision="float32"),
+    mesa_row("states"),
     mesa_row("cotangents"),
     Kernel(
         name="mesa_chunk_roots",

@@ -13,6 +13,7 @@ from pallas_kernels.mesa_chunk.solver import Method, Solution, SolverConfig
 
 # How much a chunk is expected to keep where nothing is known: at the beginning of a document.
 UNKNOWN_KEPT = 0.3
+NO_FORECAST = math.log(UNKNOWN_KEPT)
 # Tiles that are expected to keep less than this forget so fast that steps on the matrix itself are as few.
 LEAST_KEPT = 0.1
 # Tokens whose ridge has grown to more than this many times the frozen one take steps on the matrix for that reason.
@@ -41,11 +42,20 @@ def expected_decays(decays: Decays) -> jax.Array:
     It is what the document that goes on into a chunk lost per token in the chunk before. The chunk itself is not asked:
     no token may depend on later gates, not even in how it is solved.
     """
-    tokens = jnp.sum(decays.together[..., -1:], axis=-2, keepdims=True)
-    per_token = decays.log_since[..., -1:] / tokens
-    unknown = jnp.full_like(per_token, math.log(UNKNOWN_KEPT))
-    before = jnp.concatenate([unknown[:1], per_token[:-1] * decays.into.shape[-1]])
-    return jnp.where(decays.into[..., :1] > 0, before, unknown)
+    forecasts = forecast(decays)
+    first = jnp.full_like(forecasts[:1], NO_FORECAST)
+    return expected_decay(jnp.concatenate([first, forecasts[:-1]]), decays)
+
+
+def forecast(decays: Decays) -> jax.Array:
+    """Returns the log decay [1, 1] of the next chunk, should it lose as much per token as its document did in this."""
+    tokens = sum_down(jnp.where(decays.together, 1.0, 0.0)[..., -1:])
+    return decays.log_since[..., -1:] / tokens * decays.into.shape[-1]
+
+
+def expected_decay(forecast_before: jax.Array, decays: Decays) -> jax.Array:
+    """Returns the log decay [1, 1] to expect over a chunk, from the forecast of the chunk before it."""
+    return jnp.where(decays.into[..., :1] > 0, forecast_before, NO_FORECAST)
 
 
 def is_worth_it(expected: jax.Array) -> jax.Array:
@@ -174,7 +184,7 @@ class _Frozen(NamedTuple):
 
 
 def _frozen(decays: Decays, log_anchor: jax.Array) -> _Frozen:
-    log_anchor = jnp.where(decays.in_first, log_anchor, -math.log(UNKNOWN_KEPT) / 2)
+    log_anchor = jnp.where(decays.in_first, log_anchor, -NO_FORECAST / 2)
     near = -decays.log_since <= log_anchor + math.log(MOST_APART)
     return _Frozen(jnp.exp(log_anchor), jnp.exp(jnp.where(near, -decays.log_since, 0)), near)
 

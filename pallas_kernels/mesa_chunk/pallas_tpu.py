@@ -1,8 +1,8 @@
 """The TPU kernels' adapter: when they fit, how the arrays are laid out, what they cost.
 
-The outline is that of xla.py: states are scanned over chunks, and everything else is local to a tile. Each of the
-three functions of a tile is a kernel over tiles: forward solve and read-out, adjoint solve, gradients. Those that make
-the factors are in pallas_tpu_factor.py.
+The outline is that of xla.py. Forward solve and read-out and the adjoint solve are kernels over tiles in any order.
+States go through a kernel over chunks one after another, their cotangents through that of the gradients, last chunk
+first. The kernels that make the factors are in pallas_tpu_factor.py.
 """
 
 import functools
@@ -11,11 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk import algebra, nested, pallas_tpu_factor, pallas_tpu_kernel, work
-from pallas_kernels.mesa_chunk.chunks import scan_states, to_chunks, to_columns, to_rows, to_sequence
+from pallas_kernels.mesa_chunk.chunks import to_chunks, to_columns, to_rows, to_sequence
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
-from pallas_kernels.mesa_chunk.pallas_tpu_kernel import AdjointResults, ForwardResults, TileArrays
-from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, TpuConfig, call
+from pallas_kernels.mesa_chunk.pallas_tpu_kernel import (
+    AdjointResults,
+    ForwardResults,
+    StatesAndForecast,
+    StatesAndSystems,
+    TileArrays,
+)
+from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, TpuConfig, call, fold
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.tiling import pad_axis, round_up
 
@@ -40,14 +46,21 @@ def forward(
 ) -> tuple[jax.Array, MesaState, jax.Array, SolveReport, Factor | None]:
     """Returns what xla.forward does; the factors are those of this file's chunks."""
     length, key_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
-    tiles, final, _ = _tiles(k, v, log_decay, beta, ridge, state, starts, config)
-    served = nested.serves(solver, min(length, config.chunk_length), key_dim)
-    factors = pallas_tpu_factor.factors(tiles, config=config, interpret=interpret) if served else None
+    sequences, rows = _cut(k, v, log_decay, beta, ridge, starts, config)
+    state = _pad_state(state)
+    if nested.serves(solver, min(length, config.chunk_length), key_dim):
+        before, final = state_and_system_tiles(*sequences, rows, state, config=config, interpret=interpret)
+        tiles = TileArrays(*sequences, before.kk, before.kv, rows)
+        begun = before.system, before.expected
+        factors = pallas_tpu_factor.factors(*begun, tiles, config=config, interpret=interpret)
+    else:
+        before, final = state_tiles(*sequences, state, config=config, interpret=interpret)
+        tiles, factors = TileArrays(*sequences, *before, rows), None
     columns = to_columns(_pad(q), config.chunk_length)
     found = forward_tiles(columns, tiles, factors, solver=solver, config=config, interpret=interpret)
     out, x, num_steps, residual = (to_sequence(y, length) for y in found)
     report = SolveReport(num_steps[..., 0].astype(jnp.int32), residual[..., 0])
-    state = MesaState(final.kk[..., :key_dim, :key_dim], final.kv[..., :key_dim, :value_dim])
+    state = _cut_state(final, key_dim, value_dim)
     return out[..., :value_dim], state, x[..., :key_dim], report, factors
 
 
@@ -64,19 +77,18 @@ def backward(
 ) -> tuple:
     """Returns what xla.backward does; the factors are those of this file's chunks."""
     length, key_dim, value_dim, c = x.shape[1], x.shape[-1], dout.shape[-1], config.chunk_length
-    tiles, _, through = _tiles(*inputs, config=config)
+    k, v, log_decay, beta, ridge, state, starts = inputs
+    sequences, rows = _cut(k, v, log_decay, beta, ridge, starts, config)
+    before, _ = state_tiles(*sequences, _pad_state(state), config=config, interpret=interpret)
+    tiles = TileArrays(*sequences, *before, rows)
     x, dout = to_columns(_pad(x), c), to_columns(_pad(dout), c)
-    y, residual, *added = adjoint_tiles(
-        x, dout, tiles, factors, solver=solver.adjoint, config=config, interpret=interpret
-    )
-    k_pad = tiles.k.shape[-1]
-    dstate = MesaState(_pad_square(dstate.kk), pad_axis(_pad(dstate.kv), 2, k_pad))
-    after, dstate = scan_states(MesaState(*added), through, dstate, reverse=True)
-    grads = cotangent_tiles(x, y, residual, dout, tiles, after, config=config, interpret=interpret)
+    y, residual = adjoint_tiles(dout, tiles, factors, solver=solver.adjoint, config=config, interpret=interpret)
+    found = x, y, residual, dout, tiles, _pad_state(dstate)
+    grads, dstate = cotangent_tiles(*found, config=config, interpret=interpret)
     sequences = y if solver.max_steps else residual, grads.k, grads.v, grads.log_decay, grads.beta
     dq, dk, dv, dlog_decay, dbeta = (to_sequence(g, length) for g in sequences)
-    dridge = jnp.sum(grads.ridge, axis=(0, 1))[..., :key_dim, 0]
-    dstate = MesaState(dstate.kk[..., :key_dim, :key_dim], dstate.kv[..., :key_dim, :value_dim])
+    dridge = jnp.sum(grads.ridge, axis=(0, 1))[..., 0, :key_dim]
+    dstate = _cut_state(dstate, key_dim, value_dim)
     gates = dlog_decay[..., 0], dbeta[..., 0]
     return dq[..., :key_dim], dk[..., :key_dim], dv[..., :value_dim], *gates, dridge, dstate
 
@@ -99,7 +111,6 @@ def forward_tiles(
 
 
 def adjoint_tiles(
-    x: jax.Array,
     dout: jax.Array,
     tiles: TileArrays,
     factors: Factor | None,
@@ -108,41 +119,58 @@ def adjoint_tiles(
     config=TpuConfig(),
     interpret=False,
 ) -> AdjointResults:
-    """Solves tiles [n, b, h, ...] backward for solutions x [n, b, h, k, c] and cotangents dout [n, b, h, v, c]."""
-    (c, k), v = tiles.k.shape[-2:], tiles.v.shape[-1]
+    """Solves tiles [n, b, h, ...] backward for cotangents dout [n, b, h, v, c]."""
+    c, k = tiles.k.shape[-2:]
     body = functools.partial(pallas_tpu_kernel.adjoint, config=solver)
-    shapes = AdjointResults((k, c), (k, c), (k, k), (k, v))
-    flops = 2 * c * work.steps(solver.max_steps, 3, k, c)
-    return call(body, "mesa_chunk_adjoint", (x, dout, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
+    shapes = AdjointResults((k, c), (k, c))
+    flops = 2 * c * work.steps(solver.max_steps, 2, k, c)
+    return call(body, "mesa_chunk_adjoint", (dout, tiles, factors), shapes, flops, config, interpret, memory=(k, c))
 
 
 def cotangent_tiles(
-    x, y, residual, dout, tiles: TileArrays, after: MesaState, *, config=TpuConfig(), interpret=False
-) -> algebra.Cotangents:
-    """Returns the gradients of tiles [n, b, h, ...]; `after` holds the cotangents of the states after each chunk."""
+    x, y, residual, dout, tiles: TileArrays, dstate: MesaState, *, config=TpuConfig(), interpret=False
+) -> tuple[algebra.Cotangents, MesaState]:
+    """Returns the gradients of tiles [n, b, h, ...] and of the initial state, for those `dstate` of the final one."""
     (c, k), v = tiles.k.shape[-2:], tiles.v.shape[-1]
-    shapes = algebra.Cotangents((k, c), (v, c), (1, c), (1, c), (k, 1))
-    arguments = (x, y, residual, dout, tiles, *after)
+    body, name = pallas_tpu_kernel.cotangents, "mesa_chunk_cotangents"
+    shapes = algebra.Cotangents((k, c), (v, c), (1, c), (1, c), (1, k))
     flops = 2 * c * work.cotangents(k, c)
-    return call(pallas_tpu_kernel.cotangents, "mesa_chunk_cotangents", arguments, shapes, flops, config, interpret)
+    return fold(body, name, (x, y, residual, dout, tiles), dstate, shapes, flops, config, interpret, reverse=True)
 
 
-def _tiles(
-    k, v, log_decay, beta, ridge, state: MesaState, starts, config: TpuConfig
-) -> tuple[TileArrays, MesaState, jax.Array]:
-    """Cuts padded sequences into tiles [n, b, h, ...]; also returns the final state and each chunk's decay [1, 1]."""
-    c, (k, v) = config.chunk_length, (_pad(k), _pad(v))
-    k_pad = k.shape[-1]
+def state_tiles(
+    k, v, beta, log_decay, starts, state: MesaState, *, config=TpuConfig(), interpret=False
+) -> tuple[MesaState, MesaState]:
+    """Returns the states before tiles [n, b, h, ...], and the final one."""
+    (c, key_dim), value_dim = k.shape[-2:], v.shape[-1]
+    arguments, shapes = (k, v, beta, log_decay, starts), MesaState((key_dim, key_dim), (key_dim, value_dim))
+    flops = 2 * c * key_dim * (key_dim + value_dim)
+    return fold(pallas_tpu_kernel.states, "mesa_chunk_states", arguments, state, shapes, flops, config, interpret)
+
+
+def state_and_system_tiles(
+    k, v, beta, log_decay, starts, ridge, state: MesaState, *, config=TpuConfig(), interpret=False
+) -> tuple[StatesAndSystems, MesaState]:
+    """Returns what `state_tiles` does, and with the states the systems that factors begin with."""
+    (c, key_dim), value_dim = k.shape[-2:], v.shape[-1]
+    body, arguments = pallas_tpu_kernel.states_and_systems, (k, v, beta, log_decay, starts, ridge)
+    begun = StatesAndForecast(*state, jnp.full((*k.shape[1:3], 1, 1), nested.NO_FORECAST, jnp.float32))
+    shapes = StatesAndSystems((key_dim, key_dim), (key_dim, value_dim), (key_dim, key_dim), (1, 1))
+    flops = 2 * c * key_dim * (key_dim + value_dim)
+    before, final = fold(body, "mesa_chunk_states", arguments, begun, shapes, flops, config, interpret)
+    return before, MesaState(final.kk, final.kv)
+
+
+def _cut(k, v, log_decay, beta, ridge, starts, config: TpuConfig) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Cuts padded sequences into tiles [n, b, h, ...], in the order of TileArrays; also returns their ridge."""
+    c = config.chunk_length
     starts = jnp.broadcast_to(starts[..., None], log_decay.shape)
-    k, v = to_chunks(k, c), to_chunks(v, c)
+    k, v = to_chunks(_pad(k), c), to_chunks(_pad(v), c)
     beta, log_decay, starts = (to_rows(x, c) for x in (beta, log_decay, starts))
-    decays = algebra.cumulative_decays(log_decay, starts)  # all but a few rows of it falls away under jit
-    state = MesaState(_pad_square(state.kk), pad_axis(_pad(state.kv), 2, k_pad))
-    before, final = scan_states(MesaState(*algebra.added_states(k, v, beta, decays)), decays.through, state)
     # channels that are not there have no keys; any ridge will do
-    ridge = jnp.pad(ridge, ((0, 0), (0, k_pad - ridge.shape[-1])), constant_values=1)
-    ridge = jnp.broadcast_to(ridge[..., None], (*k.shape[:3], k_pad, 1))
-    return TileArrays(k, v, beta, log_decay, starts, before.kk, before.kv, ridge), final, decays.through
+    ridge = jnp.pad(ridge, ((0, 0), (0, k.shape[-1] - ridge.shape[-1])), constant_values=1)
+    ridge = jnp.broadcast_to(ridge[:, None, :], (*k.shape[:3], 1, k.shape[-1]))
+    return (k, v, beta, log_decay, starts), ridge
 
 
 def _pad(x: jax.Array) -> jax.Array:
@@ -150,5 +178,10 @@ def _pad(x: jax.Array) -> jax.Array:
     return pad_axis(x, x.ndim - 1, round_up(x.shape[-1], LANES))
 
 
-def _pad_square(x: jax.Array) -> jax.Array:
-    return pad_axis(_pad(x), x.ndim - 2, round_up(x.shape[-2], LANES))
+def _pad_state(state: MesaState) -> MesaState:
+    kk, kv = map(_pad, state)
+    return MesaState(pad_axis(kk, 2, kk.shape[-1]), pad_axis(kv, 2, kk.shape[-1]))
+
+
+def _cut_state(state: MesaState, key_dim: int, value_dim: int) -> MesaState:
+    return MesaState(state.kk[..., :key_dim, :key_dim], state.kv[..., :key_dim, :value_dim])

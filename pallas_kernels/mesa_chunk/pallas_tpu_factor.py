@@ -11,22 +11,21 @@ from pallas_kernels.mesa_chunk.pallas_tpu_kernel import FactorRows, TileArrays
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import TpuConfig, call
 
 
-def factors(tiles: TileArrays, *, config: TpuConfig, interpret=False) -> Factor:
-    """Returns the factors of tiles [n, b, h, ...], made if any is worth it; marks are float32, for the kernels."""
-    tile = tiles.tile()
-    expected = nested.expected_decays(tile.decays)
+def factors(system, expected, tiles: TileArrays, *, config: TpuConfig, interpret=False) -> Factor:
+    """Returns the factors of tiles [n, b, h, ...], made if any is worth it; marks are float32, for the kernels.
+
+    `system` is that of each tile before its tokens, [n, b, h, k, k], `expected` its expected decay [n, b, h, 1, 1].
+    """
 
     def make():
-        begun = nested.state_system(tile.kk, tile.ridge, tile.decays, expected)
-        root = _inverse_root(begun, 0.0, config, interpret)
+        root = _inverse_root(system, 0.0, config, interpret)
         half = first_half_tiles(root, expected, tiles, config=config, interpret=interpret)
         root = _inverse_root(half.gram, 1.0, config, interpret)
         found = second_half_tiles(root, half, tiles, config=config, interpret=interpret)
         return Factor(half.inverse, found.rows, nested.log_anchor(expected), found.usable)
 
     def make_none():
-        nothing = nested.no_factor(tile, expected)
-        return nothing._replace(usable=nothing.usable.astype(jnp.float32))
+        return Factor(*map(jnp.zeros_like, (tiles.kk, tiles.k, expected, tiles.beta)))
 
     return jax.lax.cond(jnp.any(nested.is_worth_it(expected)), make, make_none)
 

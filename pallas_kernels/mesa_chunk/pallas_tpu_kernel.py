@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk import algebra, nested, solver
+from pallas_kernels.mesa_chunk.contract import MesaState
 from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
 from pallas_kernels.mesa_chunk.products import SIX_PASSES, transposed_times
 from pallas_kernels.mesa_chunk.solver import Method, Problem, Rounds, Solution, SolverConfig, Steps
@@ -27,12 +28,12 @@ class TileArrays(NamedTuple):
     starts: jax.Array  # [1, c] int32
     kk: jax.Array  # [k, k]
     kv: jax.Array  # [k, v]
-    ridge: jax.Array  # [k, 1]
+    ridge: jax.Array  # [1, k]: as a column it would take a register for every eight numbers
 
     def tile(self) -> algebra.Tile:
         """Returns the tile with its decays."""
         decays = algebra.cumulative_decays(self.log_decay, self.starts)
-        return algebra.Tile(self.k, self.v, self.beta, decays, self.kk, self.kv, self.ridge)
+        return algebra.Tile(self.k, self.v, self.beta, decays, self.kk, self.kv, algebra.to_column(self.ridge))
 
 
 class Memory(NamedTuple):
@@ -55,6 +56,23 @@ class ForwardResults(NamedTuple):
     residual: jax.Array  # [1, c]
 
 
+class StatesAndSystems(NamedTuple):
+    """What is stored of a tile before it is factored."""
+
+    kk: jax.Array  # [k, k]
+    kv: jax.Array  # [k, v]
+    system: jax.Array  # [k, k], nested.state_system
+    expected: jax.Array  # [1, 1], nested.expected_decay
+
+
+class StatesAndForecast(NamedTuple):
+    """What is carried from chunk to chunk where tiles are factored."""
+
+    kk: jax.Array  # [k, k]
+    kv: jax.Array  # [k, v]
+    forecast: jax.Array  # [1, 1], nested.forecast
+
+
 class FactorRows(NamedTuple):
     """What the second half of a factor stores of a tile."""
 
@@ -67,8 +85,6 @@ class AdjointResults(NamedTuple):
 
     solution: jax.Array  # [k, c]
     residual: jax.Array  # [k, c]
-    dkk: jax.Array  # [k, k], added to the cotangent of the state before the chunk
-    dkv: jax.Array  # [k, v]
 
 
 def forward(
@@ -96,7 +112,6 @@ def forward(
 
 
 def adjoint(
-    x,
     dout,
     arrays: TileArrays,
     factor: Factor | None,
@@ -105,15 +120,42 @@ def adjoint(
     *,
     config: SolverConfig,
 ) -> None:
-    """Solves backward; all arguments are references to blocks [g, ...], x [k, c] and dout [v, c] of a tile."""
+    """Solves backward; all arguments are references to blocks [g, ...], dout [v, c] of a tile."""
     tiles = [a.tile() for a in _load(arrays)]
     rhs = [algebra.adjoint_rhs(d, tile) for d, tile in zip(_load(dout), tiles, strict=True)]
     report = _solve(rhs, tiles, _factors(factor, len(tiles)), memory, config)
-    for i, tile in enumerate(tiles):
-        y = memory.solution[i] * report[i].scale
-        results.solution[i] = y
+    for i in range(len(tiles)):
+        results.solution[i] = memory.solution[i] * report[i].scale
         results.residual[i] = memory.residual[i] * report[i].scale
-        results.dkk[i], results.dkv[i] = algebra.added_cotangents(x[i], y, dout[i], tile.decays)
+
+
+def states(k, v, beta, log_decay, starts, results: MesaState, state: MesaState) -> None:
+    """Stores the states before the tiles and replaces `state` by those after; references to blocks [g, ...]."""
+    for i in range(k.shape[0]):
+        decays = algebra.cumulative_decays(log_decay[i], starts[i])
+        _store(results, i, (state.kk[i], state.kv[i]))
+        _advance(state, i, k[i], v[i], beta[i], decays)
+
+
+def states_and_systems(
+    k, v, beta, log_decay, starts, ridge, results: StatesAndSystems, carried: StatesAndForecast
+) -> None:
+    """`states`, and the systems that factors begin with; references to blocks [g, ...]."""
+    for i in range(k.shape[0]):
+        decays = algebra.cumulative_decays(log_decay[i], starts[i])
+        expected = nested.expected_decay(carried.forecast[i], decays)
+        system = nested.state_system(carried.kk[i], algebra.to_column(ridge[i]), decays, expected)
+        _store(results, i, (carried.kk[i], carried.kv[i], system, expected))
+        carried.forecast[i] = nested.forecast(decays)
+        _advance(carried, i, k[i], v[i], beta[i], decays)
+
+
+def _advance(states: MesaState | StatesAndForecast, i: int, k, v, beta, decays: algebra.Decays) -> None:
+    """Replaces the states before a tile by those after it."""
+    added = algebra.added_states(k, v, beta, decays)
+    states.kk[i], states.kv[i] = (
+        decays.through * s + a for s, a in zip((states.kk[i], states.kv[i]), added, strict=True)
+    )
 
 
 def first_halves(root, expected, k, beta, ridge, log_decay, starts, results: HalfFactor) -> None:
@@ -121,7 +163,7 @@ def first_halves(root, expected, k, beta, ridge, log_decay, starts, results: Hal
     for i in range(k.shape[0]):
         decays = algebra.cumulative_decays(log_decay[i], starts[i])
         inverse = transposed_times(root[i], root[i])
-        half = nested.first_half(inverse, k[i], beta[i], ridge[i], decays, expected[i])
+        half = nested.first_half(inverse, k[i], beta[i], algebra.to_column(ridge[i]), decays, expected[i])
         _store(results, i, half._replace(usable=half.usable.astype(jnp.float32)))
 
 
@@ -133,10 +175,17 @@ def second_halves(root, solved, usable, log_decay, starts, results: FactorRows) 
         _store(results, i, (rows, still_usable.astype(jnp.float32)))
 
 
-def cotangents(x, y, residual, dout, arrays: TileArrays, dkk, dkv, results: algebra.Cotangents) -> None:
-    """Gradients of the tiles; all arguments are references to blocks [g, ...]."""
+def cotangents(x, y, residual, dout, arrays: TileArrays, results: algebra.Cotangents, dstate: MesaState) -> None:
+    """Gradients of the tiles; all arguments are references to blocks [g, ...], `dstate` to the cotangents after them.
+
+    Those are replaced by the cotangents of the states before the tiles.
+    """
     for i, a in enumerate(_load(arrays)):
-        _store(results, i, algebra.cotangents(x[i], y[i], residual[i], dout[i], a.tile(), dkk[i], dkv[i]))
+        tile, after = a.tile(), MesaState(dstate.kk[i], dstate.kv[i])
+        found = algebra.cotangents(x[i], y[i], residual[i], dout[i], tile, *after)
+        _store(results, i, found._replace(ridge=algebra.to_row(found.ridge)))
+        added = algebra.added_cotangents(x[i], y[i], dout[i], tile.decays)
+        _store(dstate, i, [tile.decays.through * d + a for d, a in zip(after, added, strict=True)])
 
 
 class _Solved(NamedTuple):

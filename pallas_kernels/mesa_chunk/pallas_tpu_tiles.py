@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +34,16 @@ class TpuConfig:
 
 
 def call(
-    body,
+    body: Callable,
     name: str,
-    arguments,
-    shapes,
+    arguments: tuple,
+    shapes: tuple,
     flops: float,
     config: TpuConfig,
     interpret,
     memory: tuple[int, int] | None = None,
 ):
-    """Runs a kernel body over trees of arrays [n, b, h, ...], a few tiles at a time.
+    """Runs a kernel body over trees of arrays [n, b, h, ...], a few tiles at a time, in any order.
 
     Args:
       body: takes references to blocks [g, ...] of the arguments, a tree of those to the results, and scratch memory.
@@ -55,33 +56,105 @@ def call(
     """
     leaves, structure = jax.tree.flatten(arguments)
     lead = leaves[0].shape[:3]
-    num_tiles = math.prod(lead)
-    g = max(g for g in range(1, config.side_by_side + 1) if num_tiles % g == 0)
-    arrays = [x.reshape(num_tiles, *x.shape[3:]) for x in leaves]
+    arrays = [x.reshape(1, math.prod(lead), *x.shape[3:]) for x in leaves]
 
     def kernel(*refs):
-        inputs, results = refs[: len(arrays)], refs[len(arrays) : len(arrays) + len(shapes)]
-        scratch = refs[len(arrays) + len(shapes) :]
+        inputs, results, scratch = _cut(refs, len(arrays), len(shapes))
         body(*jax.tree.unflatten(structure, inputs), type(shapes)(*results), *([Memory(*scratch)] if memory else []))
+
+    results, _ = _run(kernel, name, arrays, [], shapes, flops, config, interpret, memory=memory)
+    return type(shapes)(*(x.reshape(*lead, *x.shape[2:]) for x in results))
+
+
+def fold(
+    body: Callable,
+    name: str,
+    arguments: tuple,
+    carried: tuple,
+    shapes: tuple,
+    flops: float,
+    config: TpuConfig,
+    interpret,
+    *,
+    reverse: bool = False,
+) -> tuple:
+    """Runs a kernel body over trees of arrays [n, b, h, ...], chunk after chunk, a few heads at a time.
+
+    Args:
+      body: takes references to blocks [g, ...] of the arguments, a tree of those to the results, and one of those to
+        what is carried from chunk to chunk, which it changes.
+      carried: arrays [b, h, ...] before the first chunk.
+      reverse: begin with the last chunk.
+      name, arguments, shapes, flops, config, interpret: as in `call`.
+
+    Returns:
+      The results, and what is carried after the last chunk.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    n, b, h = leaves[0].shape[:3]
+    arrays, begun = (
+        [x.reshape(n, b * h, *x.shape[3:]) for x in leaves],
+        [x.reshape(b * h, *x.shape[2:]) for x in carried],
+    )
+
+    def kernel(*refs):
+        inputs, starts, results, carry = _cut(refs, len(arrays), len(carried), len(shapes))
+
+        @pl.when(pl.program_id(1) == 0)
+        def begin():
+            for ref, start in zip(carry, starts, strict=True):
+                ref[...] = start[...]
+
+        body(*jax.tree.unflatten(structure, inputs), type(shapes)(*results), type(carried)(*carry))
+
+    results, ends = _run(kernel, name, arrays, begun, shapes, flops, config, interpret, reverse=reverse)
+    results = type(shapes)(*(x.reshape(n, b, h, *x.shape[2:]) for x in results))
+    return results, type(carried)(*(x.reshape(b, h, *x.shape[1:]) for x in ends))
+
+
+def _run(kernel, name, arrays, begun, shapes, flops, config: TpuConfig, interpret, memory=None, reverse=False):
+    """Runs a kernel on blocks [g, ...] of arrays [n, m, ...]; programs of the same g of m run one after another.
+
+    It gets references to blocks of the arrays, of what is `begun`, [m, ...], of the results, of what becomes of that
+    which was begun, and to scratch memory. The last two stay where they are until a block's last program has run.
+    """
+    n, m = arrays[0].shape[:2]
+    g = max(g for g in range(1, config.side_by_side + 1) if m % g == 0)
+
+    def tiles(shape):
+        return pl.BlockSpec((None, g, *shape), lambda i, j: (n - 1 - j if reverse else j, i, *[0] * len(shape)))
+
+    def heads(shape):
+        return pl.BlockSpec((g, *shape), lambda i, j: (i, *[0] * len(shape)))
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     results = pl.pallas_call(
         kernel,
-        grid=(num_tiles // g,),
-        in_specs=[_tiles_of(g, x.shape[1:]) for x in arrays],
-        out_specs=[_tiles_of(g, shape) for shape in shapes],
-        out_shape=[jax.ShapeDtypeStruct((num_tiles, *shape), jnp.float32) for shape in shapes],
+        grid=(m // g, n),
+        in_specs=[*(tiles(x.shape[2:]) for x in arrays), *(heads(x.shape[1:]) for x in begun)],
+        out_specs=[*map(tiles, shapes), *(heads(x.shape[1:]) for x in begun)],
+        out_shape=[*(array(n, m, *shape) for shape in shapes), *(array(*x.shape) for x in begun)],
         cost_estimate=pl.CostEstimate(
-            flops=int(num_tiles * flops),
-            transcendentals=num_tiles * config.chunk_length**2,  # the decays of a tile
-            bytes_accessed=4 * (sum(x.size for x in arrays) + num_tiles * sum(map(math.prod, shapes))),
+            flops=int(n * m * flops),
+            transcendentals=n * m * config.chunk_length**2,  # the decays of a tile
+            bytes_accessed=4 * (sum(x.size for x in (*arrays, *begun, *begun)) + n * m * sum(map(math.prod, shapes))),
         ),
         scratch_shapes=[pltpu.VMEM((g, *memory), jnp.float32) for _ in Memory._fields] if memory else [],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=config.vmem_bytes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=config.vmem_bytes
+        ),
         interpret=interpret,
         name=name,
-    )(*arrays)
-    return type(shapes)(*(x.reshape(*lead, *x.shape[1:]) for x in results))
+    )(*arrays, *begun)
+    return results[: len(shapes)], results[len(shapes) :]
 
 
-def _tiles_of(g: int, shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec((g, *shape), lambda i: (i, *[0] * len(shape)))
+def _cut(refs: tuple, *sizes: int) -> list[tuple]:
+    """Returns the references in groups of these sizes, and what is left as the last."""
+    groups = []
+    for size in sizes:
+        groups.append(refs[:size])
+        refs = refs[size:]
+    return [*groups, refs]

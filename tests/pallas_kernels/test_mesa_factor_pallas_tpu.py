@@ -11,9 +11,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import CHUNKWISE, assert_near
 
-from pallas_kernels.mesa_chunk import nested, pallas_tpu_factor, positive
+from pallas_kernels import MesaState
+from pallas_kernels.mesa_chunk import algebra, nested, pallas_tpu, pallas_tpu_factor, positive
 from pallas_kernels.mesa_chunk.cases import HARD, sample
-from pallas_kernels.mesa_chunk.chunks import to_chunks, to_rows
+from pallas_kernels.mesa_chunk.chunks import scan_states, to_chunks, to_rows
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import TileArrays
 from pallas_kernels.mesa_chunk.pallas_tpu_roots import inverse_root
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import TpuConfig
@@ -74,8 +75,27 @@ def tiles_of(inputs, c: int) -> TileArrays:
     beta, log_decay = (to_rows(jnp.float32(x), c) for x in (inputs.beta, inputs.log_decay))
     starts = jnp.zeros(beta.shape, jnp.int32).at[1, ..., 40].set(1)
     kk, kv = (jnp.broadcast_to(jnp.float32(x), (k.shape[0], *x.shape)) for x in (inputs.kk, inputs.kv))
-    ridge = jnp.broadcast_to(jnp.float32(inputs.ridge)[..., None], (*k.shape[:3], k.shape[-1], 1))
+    ridge = jnp.broadcast_to(jnp.float32(inputs.ridge)[:, None, :], (*k.shape[:3], 1, k.shape[-1]))
     return TileArrays(k, v, beta, log_decay, starts, kk, kv, ridge)
+
+
+def test_states_and_what_factors_begin_with_are_carried_from_chunk_to_chunk():
+    length, c = 512, 128
+    case = dataclasses.replace(HARD, length=length, num_heads=2, key_dim=32, value_dim=8, decay=(0.97, 1.0))
+    inputs = sample(case)
+    tiles = tiles_of(inputs, c)
+    tile = tiles.tile()
+    initial = MesaState(jnp.float32(inputs.kk), jnp.float32(inputs.kv))
+    found, final = pallas_tpu.state_and_system_tiles(*tiles[:5], tiles.ridge, initial, interpret=True)
+    added = MesaState(*algebra.added_states(tile.k, tile.v, tile.beta, tile.decays))
+    before, after = scan_states(added, tile.decays.through, initial)
+    expected = nested.expected_decays(tile.decays)
+    assert len(np.unique(expected)) > 4, "chunks and heads differ"
+    for a, b in ((found.kk, before.kk), (found.kv, before.kv), (final.kk, after.kk), (final.kv, after.kv)):
+        assert_near(a, b, CHUNKWISE["float32"])
+    assert_near(found.expected, expected, CHUNKWISE["float32"])
+    system = nested.state_system(before.kk, tile.ridge, tile.decays, expected)
+    assert_near(found.system, system, CHUNKWISE["float32"])
 
 
 @pytest.mark.parametrize("spoil", [False, True])
@@ -85,9 +105,10 @@ def test_factors_are_those_that_are_made_without_kernels_token_by_token(spoil):
     if spoil:
         tiles = tiles._replace(k=tiles.k.at[1, 0, 1, 60, 3].set(jnp.nan))
     make = functools.partial(pallas_tpu_factor.factors, config=TpuConfig(root_size=32), interpret=True)
-    factors = jax.jit(make)(tiles)
     tile = tiles.tile()
-    truth = jax.jit(nested.make_factor)(tile, nested.expected_decays(tile.decays))
+    expected = nested.expected_decays(tile.decays)
+    factors = jax.jit(make)(nested.state_system(tile.kk, tile.ridge, tile.decays, expected), expected, tiles)
+    truth = jax.jit(nested.make_factor)(tile, expected)
     np.testing.assert_array_equal(factors.usable > 0, truth.usable)
     assert 0.3 < np.mean(truth.usable) < 1, "some tokens are served and some are not"
     assert_near(factors.inverse, truth.inverse, CHUNKWISE["float32"])

@@ -5,10 +5,12 @@ products most of the time. What lasts from step to step is in scratch memory, [g
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk import algebra, nested, solver
@@ -133,8 +135,9 @@ def states(k, v, beta, log_decay, starts, results: MesaState, state: MesaState) 
     """Stores the states before the tiles and replaces `state` by those after; references to blocks [g, ...]."""
     for i in range(k.shape[0]):
         decays = algebra.cumulative_decays(log_decay[i], starts[i])
-        _store(results, i, (state.kk[i], state.kv[i]))
-        _advance(state, i, k[i], v[i], beta[i], decays)
+        before = MesaState(state.kk[i], state.kv[i])
+        _store(results, before, i)
+        _store(state, _after(before, k[i], v[i], beta[i], decays), i)
 
 
 def states_and_systems(
@@ -143,36 +146,33 @@ def states_and_systems(
     """`states`, and the systems that factors begin with; references to blocks [g, ...]."""
     for i in range(k.shape[0]):
         decays = algebra.cumulative_decays(log_decay[i], starts[i])
-        expected = nested.expected_decay(carried.forecast[i], decays)
-        system = nested.state_system(carried.kk[i], algebra.to_column(ridge[i]), decays, expected)
-        _store(results, i, (carried.kk[i], carried.kv[i], system, expected))
-        carried.forecast[i] = nested.forecast(decays)
-        _advance(carried, i, k[i], v[i], beta[i], decays)
-
-
-def _advance(states: MesaState | StatesAndForecast, i: int, k, v, beta, decays: algebra.Decays) -> None:
-    """Replaces the states before a tile by those after it."""
-    added = algebra.added_states(k, v, beta, decays)
-    states.kk[i], states.kv[i] = (
-        decays.through * s + a for s, a in zip((states.kk[i], states.kv[i]), added, strict=True)
-    )
+        before, expected = MesaState(carried.kk[i], carried.kv[i]), nested.expected_decay(carried.forecast[i], decays)
+        system = nested.state_system(before.kk, algebra.to_column(ridge[i]), decays, expected)
+        _store(results, (*before, system, expected), i)
+        _store(carried, (*_after(before, k[i], v[i], beta[i], decays), nested.forecast(decays)), i)
 
 
 def first_halves(root, expected, k, beta, ridge, log_decay, starts, results: HalfFactor) -> None:
     """First half of the factors, from inverse roots [k, k] of the systems before the tokens; references to blocks."""
-    for i in range(k.shape[0]):
-        decays = algebra.cumulative_decays(log_decay[i], starts[i])
-        inverse = transposed_times(root[i], root[i])
-        half = nested.first_half(inverse, k[i], beta[i], algebra.to_column(ridge[i]), decays, expected[i])
-        _store(results, i, half._replace(usable=half.usable.astype(jnp.float32)))
+
+    def take():
+        decays = algebra.cumulative_decays(log_decay[...], starts[...])
+        inverse = transposed_times(root[...], root[...])
+        half = nested.first_half(inverse, k[...], beta[...], algebra.to_column(ridge[...]), decays, expected[...])
+        _store(results, half._replace(usable=half.usable.astype(jnp.float32)))
+
+    take_if(jnp.any(nested.is_worth_it(expected[...])), take, results)
 
 
 def second_halves(root, solved, usable, log_decay, starts, results: FactorRows) -> None:
     """Second half of the factors, from inverse roots [c, c] of the systems between tokens; references to blocks."""
-    for i in range(root.shape[0]):
-        decays = algebra.cumulative_decays(log_decay[i], starts[i])
-        rows, still_usable = nested.second_half(root[i], solved[i], usable[i] > 0, decays)
-        _store(results, i, (rows, still_usable.astype(jnp.float32)))
+
+    def take():
+        decays = algebra.cumulative_decays(log_decay[...], starts[...])
+        rows, still_usable = nested.second_half(root[...], solved[...], usable[...] > 0, decays)
+        _store(results, (rows, still_usable.astype(jnp.float32)))
+
+    take_if(jnp.any(usable[...] > 0), take, results)
 
 
 def cotangents(x, y, residual, dout, arrays: TileArrays, results: algebra.Cotangents, dstate: MesaState) -> None:
@@ -180,12 +180,18 @@ def cotangents(x, y, residual, dout, arrays: TileArrays, results: algebra.Cotang
 
     Those are replaced by the cotangents of the states before the tiles.
     """
-    for i, a in enumerate(_load(arrays)):
-        tile, after = a.tile(), MesaState(dstate.kk[i], dstate.kv[i])
-        found = algebra.cotangents(x[i], y[i], residual[i], dout[i], tile, *after)
-        _store(results, i, found._replace(ridge=algebra.to_row(found.ridge)))
-        added = algebra.added_cotangents(x[i], y[i], dout[i], tile.decays)
-        _store(dstate, i, [tile.decays.through * d + a for d, a in zip(after, added, strict=True)])
+    x, y, residual, dout = x[...], y[...], residual[...], dout[...]
+    tile, after = TileArrays(*(ref[...] for ref in arrays)).tile(), MesaState(dstate.kk[...], dstate.kv[...])
+    found = algebra.cotangents(x, y, residual, dout, tile, *after)
+    _store(results, found._replace(ridge=algebra.to_row(found.ridge)))
+    added = algebra.added_cotangents(x, y, dout, tile.decays)
+    _store(dstate, [tile.decays.through * d + a for d, a in zip(after, added, strict=True)])
+
+
+def _after(state: MesaState, k, v, beta, decays: algebra.Decays) -> MesaState:
+    """Returns the states after the tiles."""
+    added = algebra.added_states(k, v, beta, decays)
+    return MesaState(*(decays.through * s + a for s, a in zip(state, added, strict=True)))
 
 
 class _Solved(NamedTuple):
@@ -289,16 +295,26 @@ def _any(rows: list[jax.Array]) -> jax.Array:
     return jnp.max(functools.reduce(jnp.maximum, rows)) > 0
 
 
+def take_if(worth: jax.Array, take: Callable[[], None], results: tuple) -> None:
+    """Runs `take` or sets the references of `results` to 0."""
+    pl.when(worth)(take)
+
+    @pl.when(~worth)
+    def leave():
+        for ref in results:
+            ref[...] = jnp.zeros_like(ref)
+
+
 def _load(refs) -> list:
     """Returns the tiles of a tree of references as a list of trees."""
     num_tiles = jax.tree.leaves(refs)[0].shape[0]
     return [jax.tree.map(lambda ref, i=i: ref[i], refs) for i in range(num_tiles)]
 
 
-def _store(refs: tuple, i: int, values: tuple) -> None:
-    """Stores what was found of tile i."""
+def _store(refs: tuple, values: Sequence, place: int | slice = slice(None)) -> None:
+    """Stores the values of all tiles, or of the one at a place."""
     for ref, value in zip(refs, values, strict=True):
-        ref[i] = value
+        ref[place] = value
 
 
 def _factors(refs: Factor | None, num_tiles: int) -> list[Factor | None]:

@@ -6,6 +6,7 @@ register row nothing crosses lanes, and everything between two pivots is element
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,25 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, MEBIBYTE
 
 SUBLANES = 8
-AT_ONCE = 4  # rows whose factors stay in registers
+# groups of columns that are worked on for each time that factors are spread over registers, as many as these hold
+OWN_AT_ONCE, BELOW_AT_ONCE = 4, 8
 
 
-def inverse_root(a: jax.Array, least: float = 0.0, *, vmem_bytes: int = 64 * MEBIBYTE, interpret=False) -> jax.Array:
+def inverse_root(
+    a: jax.Array,
+    least: float = 0.0,
+    *,
+    wanted: jax.Array | None = None,
+    vmem_bytes: int = 64 * MEBIBYTE,
+    interpret=False,
+) -> jax.Array:
     """Returns what positive.inverse_root does, for float32 matrices [..., n, n].
 
-    `vmem_bytes` is what the compiler may use, of which 128 matrices take five times their size.
+    Args:
+      a, least: as there.
+      wanted: bool [...], all if it is None. Where none is wanted of 128 in a row, they come back as 0.
+      vmem_bytes: what the compiler may use, of which 128 matrices take five times their size.
+      interpret: how to run.
 
     Raises:
       ValueError: n is not a multiple of 8.
@@ -30,34 +43,46 @@ def inverse_root(a: jax.Array, least: float = 0.0, *, vmem_bytes: int = 64 * MEB
     n, num = a.shape[-1], math.prod(a.shape[:-2])
     if n % SUBLANES:
         raise ValueError(f"mesa_chunk_roots: matrices have {n} rows, the kernel takes multiples of {SUBLANES}.")
-    rows = a.reshape(num * n, n)
+    rows, num_blocks = a.reshape(num * n, n), pl.cdiv(num, LANES)
+    wanted = jnp.ones(num, bool) if wanted is None else wanted.reshape(num)
+    wanted = jnp.pad(wanted, (0, num_blocks * LANES - num)).reshape(num_blocks, LANES)
     block = pl.BlockSpec((LANES * n, n), lambda i: (i, 0))
     roots = pl.pallas_call(
         functools.partial(_kernel, least=least),
-        grid=(pl.cdiv(num, LANES),),
-        in_specs=[block],
+        grid=(num_blocks,),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
-        scratch_shapes=[pltpu.VMEM((n, n, LANES), jnp.float32)],
+        # rows are not a power of two apart, since loads at the same place of several would get into each other's way
+        scratch_shapes=[pltpu.VMEM((n, n + SUBLANES, LANES), jnp.float32)],
         cost_estimate=pl.CostEstimate(
             flops=num * n**3, transcendentals=num * n, bytes_accessed=2 * rows.size * rows.dtype.itemsize
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes),
         interpret=interpret,
         name="mesa_chunk_roots",
-    )(rows)
+    )(jnp.any(wanted, axis=-1).astype(jnp.int32), rows)
     return roots.reshape(a.shape)
 
 
-def _kernel(a_ref, root_ref, memory, *, least: float) -> None:
+def _kernel(wanted_ref, a_ref, root_ref, memory, *, least: float) -> None:
     """Takes blocks [l * n, n] of matrices below each other, and turns them so that each has a lane of memory."""
+    wanted = wanted_ref[pl.program_id(0)] > 0
+    pl.when(wanted)(functools.partial(_take_roots, a_ref, root_ref, memory, least=least))
+
+    @pl.when(~wanted)
+    def leave():
+        root_ref[...] = jnp.zeros_like(root_ref)
+
+
+def _take_roots(a_ref, root_ref, memory, *, least: float) -> None:
     n = memory.shape[0]
 
     def load(i, _):
-        memory[i] = a_ref[pl.ds(i, LANES, stride=n), :].T
+        memory[i, :n] = a_ref[pl.ds(i, LANES, stride=n), :].T
 
     def store(i, _):
-        root_ref[pl.ds(i, LANES, stride=n), :] = memory[i].T
+        root_ref[pl.ds(i, LANES, stride=n), :] = memory[i, :n].T
 
     lax.fori_loop(0, n, load, None, unroll=4)
     _eliminate(memory, least)
@@ -74,11 +99,11 @@ def _eliminate(memory, least: float) -> None:
     Loops have a fixed length and branches in them, although half of their turns have nothing to do: the compiler's cost
     estimate counts no others.
     """
-    groups = memory.shape[0] // SUBLANES
+    groups = _groups(memory)
 
     def take(g, _):
         own, sizes, into = _own_columns(memory, g, least)
-        lax.fori_loop(0, groups, lambda v, _: _reduce_own(memory, g, v, sizes, into), None)
+        _for_columns(memory, OWN_AT_ONCE, functools.partial(_reduce_own, memory, g, sizes, into))
         for i, columns in zip(_rows(g), own, strict=True):
             memory[i, _columns(g), :] = columns
         lax.fori_loop(0, groups, lambda k, _: pl.when(k > g)(lambda: _reduce_below(memory, g, k)), None)
@@ -106,15 +131,14 @@ def _own_columns(memory, g, least: float) -> tuple[list[jax.Array], list[jax.Arr
     return [jnp.where(place <= j, x, 0) for j, x in enumerate(own)], sizes, into
 
 
-def _reduce_own(memory, g, v, sizes, into) -> None:
-    """Takes the rows of group g off each other in the columns of group v."""
-    rows = [memory[i, _columns(v), :] for i in _rows(g)]
+def _reduce_own(memory, g, sizes, into, columns) -> Iterator[tuple[int, jax.Array]]:
+    """Yields the rows of group g after they were taken off each other in these columns."""
+    rows = [memory[i, columns, :] for i in _rows(g)]
     for j in range(SUBLANES):
         rows[j] = rows[j] * sizes[j]
         for i in range(j + 1, SUBLANES):
             rows[i] = rows[i] - into[i, j] * rows[j]
-    for i, row in zip(_rows(g), rows, strict=True):
-        memory[i, _columns(v), :] = row
+    yield from zip(_rows(g), rows, strict=True)
 
 
 def _reduce_below(memory, g, k) -> None:
@@ -122,22 +146,38 @@ def _reduce_below(memory, g, k) -> None:
     factors = [memory[j, _columns(k), :] for j in _rows(g)]
     for i in _rows(k):
         memory[i, _columns(g), :] = jnp.zeros_like(factors[0])
-    for some in range(0, SUBLANES, AT_ONCE):
-        below = list(enumerate(_rows(k)))[some : some + AT_ONCE]
-        into = [(i, [_spread(factor, place) for factor in factors]) for place, i in below]
+    for place, i in enumerate(_rows(k)):
+        into = [_spread(factor, place) for factor in factors]
 
-        def reduce(v, _, into=into):
-            rows = [memory[j, _columns(v), :] for j in _rows(g)]
-            for i, row_into in into:
-                memory[i, _columns(v), :] -= _tree_sum([x * row for x, row in zip(row_into, rows, strict=True)])
+        def reduce(columns, i=i, into=into):
+            taken = [x * memory[j, columns, :] for x, j in zip(into, _rows(g), strict=True)]
+            yield i, memory[i, columns, :] - _tree_sum(taken)
 
-        lax.fori_loop(0, memory.shape[0] // SUBLANES, reduce, None)
+        _for_columns(memory, BELOW_AT_ONCE, reduce)
+
+
+def _for_columns(memory, at_once: int, reduce: Callable) -> None:
+    """Stores the rows that `reduce` yields of groups of columns, several groups at a time."""
+    groups = _groups(memory)
+    wide = math.gcd(at_once, groups)
+
+    def take(turn, _):
+        several = [_columns(turn * wide + v) for v in range(wide)]
+        found = [(i, columns, row) for columns in several for i, row in reduce(columns)]
+        for i, columns, row in found:  # after all of them, since no load overtakes a store
+            memory[i, columns, :] = row
+
+    lax.fori_loop(0, groups // wide, take, None)
 
 
 def _clear(memory, g, v) -> None:
     """Forgets the matrix behind the columns of group g, in its rows."""
     for i in _rows(g):
         memory[i, _columns(v), :] = jnp.zeros((SUBLANES, memory.shape[-1]), jnp.float32)
+
+
+def _groups(memory) -> int:
+    return memory.shape[0] // SUBLANES
 
 
 def _rows(g) -> list:

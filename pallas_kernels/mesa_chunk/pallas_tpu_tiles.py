@@ -92,10 +92,8 @@ def fold(
     """
     leaves, structure = jax.tree.flatten(arguments)
     n, b, h = leaves[0].shape[:3]
-    arrays, begun = (
-        [x.reshape(n, b * h, *x.shape[3:]) for x in leaves],
-        [x.reshape(b * h, *x.shape[2:]) for x in carried],
-    )
+    arrays = [x.reshape(n, b * h, *x.shape[3:]) for x in leaves]
+    begun = [x.reshape(b * h, *x.shape[2:]) for x in carried]
 
     def kernel(*refs):
         inputs, starts, results, carry = _cut(refs, len(arrays), len(carried), len(shapes))

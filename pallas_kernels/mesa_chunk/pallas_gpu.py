@@ -61,7 +61,7 @@ def forward(
     solve = functools.partial(solve_tiles, gpu=config, interpret=interpret)
     out, final, x, report, factors = xla.forward(q, *inputs, solver=solver, config=cut, solve_tile=solve)
     report = SolveReport(*(y[:, :length] for y in report))
-    return out[:, :length], _trim(final, key_dim), x[:, :length, :, :key_dim], report, factors
+    return out[:, :length], _trim(final, key_dim), x, report, factors
 
 
 def backward(
@@ -76,12 +76,12 @@ def backward(
     interpret=False,
 ) -> tuple:
     """Returns what xla.backward does; the factors are those of this file's chunks."""
-    length, key_dim = x.shape[1], x.shape[-1]
+    length, key_dim = dout.shape[1], inputs[0].shape[-1]
     cut = _cut(length, config)
     dout, dstate = _pad_time(dout, cut), _pad_state(dstate)
     solve = functools.partial(solve_tiles, gpu=config, interpret=interpret)
     dq, dk, *dtokens, dridge, dstate = xla.backward(
-        _pad_inputs(*inputs, cut=cut), _pad(x, cut), factors, dout, dstate, solver=solver, config=cut, solve_tile=solve
+        _pad_inputs(*inputs, cut=cut), x, factors, dout, dstate, solver=solver, config=cut, solve_tile=solve
     )
     dq, dk = (y[:, :length, :, :key_dim] for y in (dq, dk))
     return dq, dk, *(y[:, :length] for y in dtokens), dridge[:, :key_dim], _trim(dstate, key_dim)

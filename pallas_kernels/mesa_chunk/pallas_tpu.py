@@ -58,10 +58,10 @@ def forward(
         tiles, factors = TileArrays(*sequences, *before, rows), None
     columns = to_columns(_pad(q), config.chunk_length)
     found = forward_tiles(columns, tiles, factors, solver=solver, config=config, interpret=interpret)
-    out, x, num_steps, residual = (to_sequence(y, length) for y in found)
+    out, num_steps, residual = (to_sequence(y, length) for y in (found.out, found.num_steps, found.residual))
     report = SolveReport(num_steps[..., 0].astype(jnp.int32), residual[..., 0])
     state = _cut_state(final, key_dim, value_dim)
-    return out[..., :value_dim], state, x[..., :key_dim], report, factors
+    return out[..., :value_dim], state, found.solution, report, factors
 
 
 def backward(
@@ -76,12 +76,12 @@ def backward(
     interpret=False,
 ) -> tuple:
     """Returns what xla.backward does; the factors are those of this file's chunks."""
-    length, key_dim, value_dim, c = x.shape[1], x.shape[-1], dout.shape[-1], config.chunk_length
+    length, value_dim = dout.shape[1], dout.shape[-1]
     k, v, log_decay, beta, ridge, state, starts = inputs
     sequences, rows = _cut(k, v, log_decay, beta, ridge, starts, config)
     before, _ = state_tiles(*sequences, _pad_state(state), config=config, interpret=interpret)
     tiles = TileArrays(*sequences, *before, rows)
-    x, dout = to_columns(_pad(x), c), to_columns(_pad(dout), c)
+    key_dim, dout = k.shape[-1], to_columns(_pad(dout), config.chunk_length)
     y, residual = adjoint_tiles(dout, tiles, factors, solver=solver.adjoint, config=config, interpret=interpret)
     found = x, y, residual, dout, tiles, _pad_state(dstate)
     grads, dstate = cotangent_tiles(*found, config=config, interpret=interpret)

@@ -33,7 +33,7 @@ class Residuals(NamedTuple):
     """What the backward pass keeps. States are recomputed: a scan is cheap beside a solve."""
 
     inputs: tuple  # k, v, log_decay, beta, ridge, state, starts
-    solution: jax.Array  # [b, t, h, k]
+    solution: jax.Array  # of all tiles, [n, b, h, k, c]
     factors: Factor | None  # of all tiles; the solve of the backward pass has the same matrices
 
 

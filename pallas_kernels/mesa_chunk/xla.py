@@ -45,9 +45,10 @@ def forward(
     config=XlaConfig(),
     solve_tile: Callable[..., Solution] = nested.solve_tile,
 ) -> tuple[jax.Array, MesaState, jax.Array, SolveReport, Factor | None]:
-    """Returns outputs [b, t, h, v], the final state, the solutions [b, t, h, k], their report, the tiles' factors.
+    """Returns outputs [b, t, h, v], the final state, the tiles' solutions, their report, the tiles' factors.
 
-    `solve_tile` takes and returns what that of nested.py does, on a CPU for one tile, elsewhere for all in one batch.
+    Solutions and factors, [n, b, h, ...], are for `backward` alone. `solve_tile` takes and returns what that of
+    nested.py does, on a CPU for one tile, elsewhere for all in one batch.
     """
     length, c = q.shape[1], even_length(q.shape[1], config.chunk_length)
     tiles, final = cut(k, v, log_decay, beta, ridge, state, starts, config)
@@ -64,7 +65,7 @@ def forward(
 
     arrays = to_columns(q, c), tiles, nested.expected_decays(tiles.decays)
     out, x, report, factors = _map_tiles(solve_and_read, arrays)
-    out, x, (num_steps, residual) = jax.tree.map(lambda y: to_sequence(y, length), (out, x, report))
+    out, (num_steps, residual) = jax.tree.map(lambda y: to_sequence(y, length), (out, report))
     return out, final, x, SolveReport(num_steps[..., 0], residual[..., 0]), factors
 
 
@@ -83,14 +84,14 @@ def backward(
 
     Args:
       inputs: (k, v, log_decay, beta, ridge, state, starts) of the forward call.
-      x: its solutions [b, t, h, k].
+      x: its solutions.
       factors: its factors, if it had any.
       dout, dstate: cotangents of the outputs [b, t, h, v] and of the final state.
       solver, config, solve_tile: as in `forward`.
     """
-    length, c = x.shape[1], even_length(x.shape[1], config.chunk_length)
+    length = dout.shape[1]
     tiles, _ = cut(*inputs, config=config)
-    x, dout = to_columns(x, c), to_columns(dout, c)
+    dout = to_columns(dout, even_length(length, config.chunk_length))
 
     def solve_adjoint(inputs):
         x, dout, tile, factor = inputs

@@ -7,6 +7,7 @@ import jax
 from jax.experimental import topologies
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}  # smallest topologies
+CORES = {"v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 1}  # that share the programs of a kernel
 
 # read once, when libtpu is loaded
 ENVIRONMENT = {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 # "  0x22 LB: >> { instructions" is a bundle inside two loops that begins the inner one; "{}" is an empty one
 BUNDLE = re.compile(r"^ *(?:0|0x[0-9a-f]+) +([A-Z]{2})? *: *(>*) *\{", re.MULTILINE)
 CYCLES = re.compile(r"estimated_cycles: (\d+)")
+XLA_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 class Schedule(NamedTuple):
@@ -37,6 +38,17 @@ def read_cycles(profile: str) -> int | None:
     """Returns the estimate in *_static_llo_profile.textproto, or None where there is none, which is written as 0."""
     found = CYCLES.search(profile)
     return int(found[1]) or None if found else None
+
+
+def read_around(program: str) -> int | None:
+    """Returns XLA's estimate of what a compiled program does around its kernels, of which it has none itself.
+
+    None where it branches or loops, whose turns are in other computations.
+    """
+    entry = program[program.index("\nENTRY ") :].split("\n}", 1)[0]
+    if " while(" in entry or " conditional(" in entry:
+        return None
+    return sum(map(int, XLA_CYCLES.findall(entry)))
 
 
 def read_schedule(utilization: str, bundles: str) -> Schedule:

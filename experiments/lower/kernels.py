@@ -28,31 +28,58 @@ Built = tuple[Callable, tuple[Any, ...]]  # a function, and its arguments as tre
 class Kernel:
     """A kernel at one size.
 
-    Estimates take a second per 36,000 cycles and are linear in the grid, so one block or two say it all. Loops must
-    have a length that is known: any other counts as one turn.
+    Estimates take a second per 36,000 cycles, so steps and programs are few. Loops must have a length that is known:
+    any other counts as one turn.
 
     Attributes:
       name: of the pallas_call; no other call in the function has it.
       case: what tells this row from others of the kernel.
-      build: from a number of steps to the function that is compiled, and its arguments.
+      build: from the numbers of steps, of programs a core, and of cores to the function that is compiled, and its
+        arguments.
       steps: the numbers of steps to compile with; the difference of two is the cost of one more, one alone has none.
-      per: how much of `per_name` the call works on; cycles are divided by it.
+      per: how much of `per_name` a program works on; cycles are divided by it.
       per_name: the unit of work, such as "input".
+      programs: 2 for the cost of one program more, which fetches while another is computed on; 1 for that of the first,
+        which waits for what it fetches.
       chips: what to compile for.
     """
 
     name: str
     case: str
-    build: Callable[[int], Built]
+    build: Callable[[int, int, int], Built]
     steps: tuple[int, ...]
+    per: int
+    per_name: str
+    programs: int = 2
+    chips: tuple[str, ...] = tuple(CHIPS)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Numbers of steps, and of programs a core, to compile with."""
+        return [*((steps, 1) for steps in self.steps), *((self.steps[-1], n) for n in range(2, self.programs + 1))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What XLA does around the kernels of a program: copies into tiles and back, sums over tiles.
+
+    Attributes:
+      name: what the kernels' names begin with.
+      case, per, per_name, chips: as in Kernel.
+      build: as in Kernel, but it takes nothing.
+    """
+
+    name: str
+    case: str
+    build: Callable[[], Built]
     per: int
     per_name: str
     chips: tuple[str, ...] = tuple(CHIPS)
 
 
-def build_router_descent(tile: tuple[int, int, int], steps: int) -> Built:
-    """Descent of 128 inputs, a lane each; tile is (neighbours, experts, answers)."""
-    (m, e, y), b = tile, 128
+def build_router_descent(tile: tuple[int, int, int], steps: int, programs: int, cores: int) -> Built:
+    """Descent of 128 inputs a program, a lane each; tile is (neighbours, experts, answers)."""
+    (m, e, y), b = tile, 128 * programs * cores
     shapes = Inputs((b, e), (b, m, e, y), (b, m, y), (b, m), (b, m), (steps,))
     kinds = Inputs("float32", "float32", "float32", "int32", "float32", "float32")
     return router_descent, tuple(map(jax.ShapeDtypeStruct, shapes, kinds))
@@ -67,12 +94,13 @@ def router_descent_row(*tile: int) -> Kernel:
         steps=(5, 10),
         per=128,
         per_name="input",
+        programs=1,
     )
 
 
-def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
-    """A kernel of mesa_chunk on four tiles, each solve one round of so many steps of every method."""
-    tiles, size = (1, 1, 4), 128
+def build_mesa(kernel: str, solver: SolverConfig | None, steps: int, programs: int, cores: int) -> Built:
+    """A kernel of mesa_chunk on four tiles a program, each solve one round of so many steps of its first method."""
+    tiles, size = (programs, 1, 4 * cores), 128
 
     def array(*shape: int, dtype: str = "float32"):
         return jax.ShapeDtypeStruct((*tiles, *shape), dtype)
@@ -81,9 +109,10 @@ def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
     starts = array(1, size, dtype="int32")
     arrays = TileArrays(matrix, matrix, row, row, starts, matrix, matrix, row)
     if kernel == "tokens":
-        return pallas_tpu_factor.first_half_tiles, (matrix, array(1, 1), arrays)
+        return _always(pallas_tpu_factor.first_half_tiles), (matrix, array(1, 1), arrays)
     if kernel == "rows":
-        return pallas_tpu_factor.second_half_tiles, (matrix, HalfFactor(matrix, matrix, matrix, row), arrays)
+        half = HalfFactor(matrix, matrix, matrix, row)
+        return _always(pallas_tpu_factor.second_half_tiles), (matrix, half, arrays)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), MesaState(matrix, matrix))
     if kernel == "states":
         return mesa_tpu.state_and_system_tiles, (matrix, matrix, row, row, starts, row, state)
@@ -94,23 +123,49 @@ def build_mesa(kernel: str, solver: SolverConfig | None, steps: int) -> Built:
     return _of_steps(steps, pallas_tpu_kernel, functools.partial(function, solver=solver)), (matrix, arrays, factor)
 
 
-def build_roots(steps: int) -> Built:
+def build_operator(direction: str, solver: SolverConfig) -> Built:
+    """mesa_chunk on 2 sequences of 1,024 tokens, 16 heads of size 128."""
+    b, t, h, k = 2, 1024, 16, 128
+    array = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    q, gates, state = array((b, t, h, k)), array((b, t, h)), MesaState(array((b, h, k, k)), array((b, h, k, k)))
+    inputs = q, q, gates, gates, array((h, k)), state, jax.ShapeDtypeStruct((b, t), "int32")
+    forward = functools.partial(mesa_tpu.forward, solver=solver)
+    if direction == "forward":
+        return forward, (q, *inputs)
+    _, _, x, _, factors = jax.eval_shape(functools.partial(forward, interpret=True), q, *inputs)
+    return functools.partial(mesa_tpu.backward, solver=solver), (inputs, x, factors, q, state)
+
+
+def build_roots(steps: int, programs: int, cores: int) -> Built:
     """The roots of a block of matrices, half as large as those of a tile: the estimate of those takes minutes."""
-    return pallas_tpu_roots.inverse_root, (jax.ShapeDtypeStruct((128, 64, 64), "float32"),)
+    return pallas_tpu_roots.inverse_root, (jax.ShapeDtypeStruct((128 * programs * cores, 64, 64), "float32"),)
 
 
 def _of_steps(steps: int, kernels: ModuleType, function: Callable) -> Callable:
     """Returns a function whose kernels are traced with loops of known length, the only ones the model counts.
 
-    The look at whether any token goes on, once a turn, is not in them.
+    The look at whether any token goes on, once a turn, is not in them. The first method takes a round and leaves
+    nothing to the second.
     """
 
-    def counted(_, body, start):
-        is_round = not isinstance(start, Steps) and not isinstance(start[0], StepRows)
-        return jax.lax.fori_loop(0, 1 if is_round else steps, lambda _, carry: body(carry), start)
+    def traced(*arrays):
+        rounds = iter((1, 0))
+
+        def counted(_, body, start):
+            is_round = not isinstance(start, Steps) and not isinstance(start[0], StepRows)
+            return jax.lax.fori_loop(0, next(rounds) if is_round else steps, lambda _, carry: body(carry), start)
+
+        with mock.patch.object(kernels, "while_loop", counted):
+            return function(*arrays)
+
+    return traced
+
+
+def _always(function: Callable) -> Callable:
+    """Returns a function whose kernels are traced as if every tile were worth a factor: else the model counts none."""
 
     def traced(*arrays):
-        with mock.patch.object(kernels, "while_loop", counted):
+        with mock.patch.object(pallas_tpu_kernel, "take_if", lambda worth, take, results: take()):
             return function(*arrays)
 
     return traced
@@ -119,8 +174,7 @@ def _of_steps(steps: int, kernels: ModuleType, function: Callable) -> Callable:
 def mesa_row(kernel: str, chips: Iterable[str] = CHIPS, **choices: str) -> Kernel:
     """A row of a mesa_chunk kernel at the heads of every model of arXiv 2506.05233.
 
-    Rows with the preconditioner "none" have one kind of step, an application of the matrix; "nested" has a step with
-    the factor as well, and shows the sum of both.
+    Rows with the preconditioner "none" count steps on the matrix, rows with "nested" such with the factor.
     """
     solver = SolverConfig(max_steps=30, tolerance=1e-4, **choices) if choices else None
     return Kernel(
@@ -134,9 +188,20 @@ def mesa_row(kernel: str, chips: Iterable[str] = CHIPS, **choices: str) -> Kerne
     )
 
 
-def build_mesa_step(steps: int) -> Built:
-    """One token of a program full of heads of size 128, the solve one round of so many plain steps."""
-    lead, size = (1, step_tpu.TpuConfig().side_by_side), 128
+def operator_row(direction: str, preconditioner: str) -> Operator:
+    """A row of what XLA does around the kernels of mesa_chunk."""
+    return Operator(
+        name="mesa_chunk",
+        case=f"around {direction} {preconditioner}",
+        build=functools.partial(build_operator, direction, SolverConfig(preconditioner=preconditioner)),
+        per=2 * 1024 * 16,
+        per_name="token and head",
+    )
+
+
+def build_mesa_step(steps: int, programs: int, cores: int) -> Built:
+    """One token of programs full of heads of size 128, the solve one round of so many plain steps."""
+    lead, size = (programs, step_tpu.TpuConfig().side_by_side * cores), 128
     function = functools.partial(step_tpu.forward, solver=SolverConfig(preconditioner="none"))
     array = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
     row, gate, matrix = (array((*lead, *axes)) for axes in ((size,), (), (size, size)))
@@ -151,6 +216,7 @@ MESA_STEP = Kernel(
     steps=(5, 10),
     per=step_tpu.TpuConfig().side_by_side,
     per_name="token and head",
+    programs=1,
     chips=("v5e", "v6e"),  # the matrices are turned in a loop of 64 turns that takes the estimate a minute
 )
 
@@ -168,10 +234,13 @@ MESA = (
         steps=(1,),
         per=128,
         per_name="matrix",
+        programs=1,
         chips=("v5e", "v6e"),  # half a minute each
     ),
     mesa_row("tokens"),
     mesa_row("rows"),
+    *(operator_row("forward", preconditioner) for preconditioner in ("none", "nested")),
+    operator_row("backward", "nested"),
 )
 KERNELS = (
     *MESA,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from experiments.lower.chips import ENVIRONMENT
 from experiments.lower.costs import Cost
 from experiments.lower.dumps import Schedule, read_cycles, read_schedule, read_vmem_bytes
-from experiments.lower.kernels import Kernel
+from experiments.lower.kernels import Kernel, Operator
 
 LIMIT = 120  # seconds that one compilation may take; the usual is three
 FATAL = re.compile(r"^F\d{4} .*?\] (.*)$", re.MULTILINE)  # the last words of a process of libtpu
@@ -38,17 +38,19 @@ class Run(NamedTuple):
     code_bytes: int | None
 
 
-def measure(kernel: Kernel, chip: str) -> Cost:
+def measure(kernel: Kernel | Operator, chip: str) -> Cost:
     """Returns a row of the table; whatever goes wrong is in it."""
+    row = dict(kernel=kernel.name, case=kernel.case, chip=chip, per=kernel.per_name)
+    if isinstance(kernel, Operator):
+        return _measure_around(kernel, chip, row)
     runs = []
-    for steps in kernel.steps:
-        runs.append(compile_once(kernel, chip, steps))
+    for steps, programs in kernel.runs:
+        runs.append(compile_once(kernel, chip, steps, programs))
         if runs[-1].cycles is None:
             break
     last = runs[-1]
     if last.died:  # of the estimate or of the compiler? and an estimate that is there counts however it ended
-        last = compile_once(kernel, chip, kernel.steps[-1], estimate=False)
-    row = dict(kernel=kernel.name, case=kernel.case, chip=chip, per=kernel.per_name)
+        last = compile_once(kernel, chip, *kernel.runs[-1], estimate=False)
     if last.refused or last.died:
         return Cost(**row, refused=last.refused or last.died)
     found = dict(vmem_bytes=last.vmem_bytes, code_bytes=last.code_bytes)
@@ -59,31 +61,46 @@ def measure(kernel: Kernel, chip: str) -> Cost:
 
 def _cycles(kernel: Kernel, runs: list[Run]) -> dict:
     """The fields of Cost that are about cycles."""
-    cycles = [run.cycles for run in runs if run.cycles is not None]
-    if len(cycles) < len(kernel.steps):
+    cycles = {given: run.cycles for given, run in zip(kernel.runs, runs, strict=False) if run.cycles is not None}
+    if len(cycles) < len(kernel.runs):
         return dict(no_estimate=runs[-1].died or "libtpu has none, as where blocks are copied in strides")
-    if len(cycles) == 1:
-        return dict(cycles=cycles[0], once=round(cycles[0] / kernel.per, 3))
-    step = (cycles[1] - cycles[0]) / (kernel.steps[1] - kernel.steps[0])
-    if step <= 0:
-        return dict(no_estimate="steps cost nothing, so their loop has a length that the compiler does not know")
-    once = cycles[1] - kernel.steps[1] * step
-    return dict(cycles=cycles[1], step=round(step / kernel.per, 3), once=round(once / kernel.per, 3))
+    fewest, most = kernel.steps[0], kernel.steps[-1]
+    step = (cycles[most, 1] - cycles[fewest, 1]) / max(most - fewest, 1)
+    program = cycles[most, 1] if kernel.programs == 1 else cycles[most, 2] - cycles[most, 1]
+    for name, cost in (("steps", step if most > fewest else None), ("programs", program)):
+        if cost is not None and cost <= 0:
+            return dict(no_estimate=f"{name} cost nothing, so their loop has a length that the compiler does not know")
+    once = round((program - most * step) / kernel.per, 3)
+    return dict(cycles=program, step=round(step / kernel.per, 3) if most > fewest else None, once=once)
 
 
-def compile_once(kernel: Kernel, chip: str, steps: int, *, estimate: bool = True) -> Run:
+def _measure_around(operator: Operator, chip: str, row: dict) -> Cost:
+    """Returns a row of what XLA does around kernels."""
+    with tempfile.TemporaryDirectory(prefix="lowered-") as name:
+        report = Path(name) / "report.json"
+        died = run(command(operator, chip, 1, 1, report), environment(Path(name), estimate=False))
+        found = json.loads(report.read_text()) if report.exists() else {}
+    if not found or "refused" in found:
+        return Cost(**row, refused=found.get("refused") or died or "ended without a report")
+    if found["around"] is None:
+        return Cost(**row, no_estimate="XLA has none for loops and branches", code_bytes=found["code_bytes"])
+    cycles = found["around"]
+    return Cost(**row, cycles=cycles, once=round(cycles / operator.per, 3), code_bytes=found["code_bytes"])
+
+
+def compile_once(kernel: Kernel, chip: str, steps: int, programs: int, *, estimate: bool = True) -> Run:
     """Compiles in a child process and reads what it dumped, however it ended.
 
     Args:
       kernel: the row.
       chip: one of CHIPS.
-      steps: as kernel.build takes them.
+      steps, programs: as kernel.build takes them.
       estimate: whether to ask for cycles, of which some kernels make libtpu abort.
     """
     with tempfile.TemporaryDirectory(prefix="lowered-") as name:
         folder = Path(name)
         report = folder / "report.json"
-        died = run(command(kernel, chip, steps, report), environment(folder, estimate=estimate))
+        died = run(command(kernel, chip, steps, programs, report), environment(folder, estimate=estimate))
         found = json.loads(report.read_text()) if report.exists() else {}
         return Run(
             refused=found.get("refused"),
@@ -93,9 +110,10 @@ def compile_once(kernel: Kernel, chip: str, steps: int, *, estimate: bool = True
         )
 
 
-def command(kernel: Kernel, chip: str, steps: int, report: Path) -> list[str]:
+def command(kernel: Kernel | Operator, chip: str, steps: int, programs: int, report: Path) -> list[str]:
     """Returns the command line of the child."""
-    return [sys.executable, "-m", "experiments.lower.compiler", kernel.name, kernel.case, chip, str(steps), str(report)]
+    row = kernel.name, kernel.case, chip, str(steps), str(programs), str(report)
+    return [sys.executable, "-m", "experiments.lower.compiler", *row]
 
 
 def environment(folder: Path, *, estimate: bool) -> dict[str, str]:

@@ -8,16 +8,17 @@ import pytest
 from test_lower_dumps import BUNDLES, UTILIZATION, VMEM_REPORT
 
 from experiments.lower import measure
-from experiments.lower.kernels import KERNELS, Kernel
+from experiments.lower.kernels import KERNELS, Kernel, Operator
 
-FAKE = Kernel(name="descent", case="5m", build=lambda steps: 1 / 0, steps=(5, 10), per=10, per_name="input")
+AROUND = Operator(name="descent", case="around", build=lambda: 1 / 0, per=10, per_name="input")
+FAKE = Kernel(name="descent", case="5m", build=lambda *numbers: 1 / 0, steps=(5, 10), per=10, per_name="input")
 ABORT = "print('F1122 05:22:24.33 18699 llo.cc:1] profiling failed: DMA 10', file=sys.stderr); os.abort()"
 
 
 PREAMBLE = f"""
 import json, os, pathlib, resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-steps, report = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+steps, programs, report = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 folder, estimate = report.parent, "llo_profile" in os.environ["LIBTPU_INIT_ARGS"]
 def write(name, text):
     (folder / name).write_text(text)
@@ -34,7 +35,10 @@ REST = f"write('16-TLP-03-vmem_report.html', {VMEM_REPORT!r}); report.write_text
 
 @pytest.fixture
 def child(monkeypatch):
-    """Puts lines of Python in the place of the compiler; they know folder, report, steps, cycles(n) and estimate."""
+    """Puts lines of Python in the place of the compiler.
+
+    They know folder, report, steps, programs, cycles(n) and estimate.
+    """
 
     def put(lines: str) -> None:
         monkeypatch.setattr(
@@ -45,7 +49,7 @@ def child(monkeypatch):
 
 
 def test_a_step_costs_the_difference_of_two_compilations(child):
-    child("cycles(100 + 30 * steps)\n" + REST)
+    child("cycles(50 + programs * (100 + 30 * steps))\n" + REST)
     cost = measure.measure(FAKE, "v5e")
     assert (cost.kernel, cost.case, cost.chip, cost.per) == ("descent", "5m", "v5e", "input")
     assert (cost.cycles, cost.step, cost.once) == (400, 3.0, 10.0)
@@ -53,15 +57,21 @@ def test_a_step_costs_the_difference_of_two_compilations(child):
     assert cost.refused is None and cost.no_estimate is None
 
 
-def test_one_number_of_steps_gives_the_cycles_of_the_call(child):
-    child("cycles(100 + 30 * steps)\n" + REST)
+def test_one_number_of_steps_gives_the_cycles_of_a_program(child):
+    child("cycles(50 + programs * (100 + 30 * steps))\n" + REST)
     cost = measure.measure(dataclasses.replace(FAKE, steps=(1,)), "v5e")
     assert (cost.cycles, cost.step, cost.once) == (130, None, 13.0)
 
 
+def test_one_program_is_counted_with_what_it_waits_for(child):
+    child("cycles(50 + programs * (100 + 30 * steps))\n" + REST)
+    cost = measure.measure(dataclasses.replace(FAKE, programs=1), "v5e")
+    assert (cost.cycles, cost.step, cost.once) == (450, 3.0, 15.0)
+
+
 @pytest.mark.parametrize("chip", ["_TPU v6 lite", "_TPU7x"])
 def test_newer_compilers_write_the_chip_into_the_name_of_the_file(child, chip):
-    child(f"cycles(30 * steps, {chip!r})\n" + REST)
+    child(f"cycles(programs * 30 * steps, {chip!r})\n" + REST)
     assert measure.measure(FAKE, "v5e").cycles == 300
 
 
@@ -73,7 +83,7 @@ def test_an_abort_of_the_estimate_costs_only_the_estimate(child):
 
 
 def test_an_estimate_that_was_written_before_the_abort_counts(child):
-    child(f"if estimate:\n    cycles(30 * steps)\n    {ABORT}\n" + REST)
+    child(f"if estimate:\n    cycles(programs * 30 * steps)\n    {ABORT}\n" + REST)
     cost = measure.measure(FAKE, "v5e")
     assert (cost.cycles, cost.step, cost.no_estimate, cost.vmem_bytes) == (300, 3.0, None, 5129216)
 
@@ -89,7 +99,9 @@ def test_what_the_compiler_refuses_is_said_in_its_words(child):
     assert measure.measure(FAKE, "v5e").refused == "out of memory"
 
 
-@pytest.mark.parametrize(("cycles", "why"), [("0", "libtpu has none"), ("70", "steps cost nothing")])
+@pytest.mark.parametrize(
+    ("cycles", "why"), [("0", "libtpu has none"), ("70", "steps cost nothing"), ("30 * steps", "programs cost nothing")]
+)
 def test_an_estimate_that_means_nothing_is_none(child, cycles, why):
     child(f"cycles({cycles})\n" + REST)
     cost = measure.measure(FAKE, "v5e")
@@ -102,6 +114,16 @@ def test_a_compilation_that_takes_too_long_is_ended(child, monkeypatch):
     assert measure.measure(FAKE, "v5e").refused == "took more than 0.5 seconds"
 
 
+@pytest.mark.parametrize(
+    ("report", "cycles", "once"), [("around=70", 70, 7.0), ("around=None", None, None), ("refused='no'", None, None)]
+)
+def test_what_xla_does_around_kernels_is_what_the_compiler_reports(child, report, cycles, once):
+    child(f"report.write_text(json.dumps(dict(code_bytes=2048, {report})))")
+    cost = measure.measure(AROUND, "v5e")
+    assert (cost.kernel, cost.case, cost.cycles, cost.once) == ("descent", "around", cycles, once)
+    assert (cost.no_estimate is not None) == (report == "around=None") and (cost.refused == "no") == ("no" in report)
+
+
 def test_a_program_that_python_ends_says_its_last_line(child):
     child("raise SystemExit('no such row')")
     assert measure.measure(FAKE, "v5e").refused == "no such row"
@@ -110,8 +132,12 @@ def test_a_program_that_python_ends_says_its_last_line(child):
 def test_rows_are_told_apart_by_kernel_and_case_and_are_divided_by_something():
     assert len({(kernel.name, kernel.case) for kernel in KERNELS}) == len(KERNELS)
     for kernel in KERNELS:
-        assert kernel.per > 0 and kernel.chips and tuple(sorted(set(kernel.steps))) == kernel.steps
-        function, arguments = kernel.build(kernel.steps[0])
+        assert kernel.per > 0 and kernel.chips
+        if isinstance(kernel, Operator):
+            function, arguments = kernel.build()
+        else:
+            assert tuple(sorted(set(kernel.steps))) == kernel.steps and kernel.programs in (1, 2)
+            function, arguments = kernel.build(*kernel.runs[-1], 2)
         assert callable(function) and arguments
 
 

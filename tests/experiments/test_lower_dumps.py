@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.lower.dumps import innermost_loop, read_cycles, read_schedule, read_vmem_bytes
+from experiments.lower.dumps import innermost_loop, read_around, read_cycles, read_schedule, read_vmem_bytes
 
 UTILIZATION = """== CAPACTIY:
 MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
@@ -50,6 +50,25 @@ def test_cycles_are_read_and_an_estimate_of_nothing_is_none():
     assert read_cycles(profile) == 12247
     assert read_cycles(profile.replace("12247", "0")) is None
     assert read_cycles("") is None
+
+
+PROGRAM = """HloModule jit_f
+
+%body (p: f32[4]) -> f32[4] {
+  ROOT %copy.1 = f32[4] copy(%p), backend_config={"estimated_cycles":"1000"}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %copy.2 = f32[4] copy(%p), backend_config={"flag_configs":[],"estimated_cycles":"30"}
+  %descent.1 = f32[4] custom-call(%copy.2)
+  ROOT %copy.3 = f32[4] copy(%descent.1), backend_config={"estimated_cycles":"12"}
+}
+"""
+
+
+def test_what_xla_does_around_kernels_is_its_estimate_of_the_whole_program():
+    assert read_around(PROGRAM) == 42
+    assert read_around(PROGRAM.replace("custom-call(", "while(")) is None
 
 
 def test_a_schedule_counts_slots_and_spills_in_the_innermost_loop_and_in_all():

@@ -14,6 +14,7 @@ from pallas_kernels import SolverConfig
 from pallas_kernels.mesa_chunk import algebra, chunks, nested, solver, xla
 from pallas_kernels.mesa_chunk.cases import STUDY, Case, sample
 from pallas_kernels.mesa_chunk.contract import zero_state
+from pallas_kernels.mesa_chunk.pallas_tpu_tiles import TpuConfig
 
 SIDES = ("forward", "adjoint")
 MOST_STEPS = {1e-4: 9, 1e-6: 12}
@@ -24,9 +25,7 @@ class Study:
     """A row of the study at three chunks, with its dense systems in float64."""
 
     def __init__(self, case: Case):
-        inputs = sample(dataclasses.replace(case, length=min(case.length, 192)))
-        self.operands = tuple(jnp.asarray(x, jnp.float32) for x in inputs[:6])
-        self.dout = jnp.asarray(np.random.default_rng(1).normal(size=inputs.v.shape), jnp.float32)
+        self.operands, self.dout = operands_of(case, 192)
         _, k, _, log_decay, beta, ridge = (np.asarray(x, np.float64) for x in self.operands)
         self.matrices = np.empty((k.shape[1], *[k.shape[-1]] * 2))
         kk = np.zeros(self.matrices.shape[1:])
@@ -57,16 +56,23 @@ class Solved(NamedTuple):
     rounding: np.ndarray  # what one rounding of float32 of each entry of A x makes of a residual
 
 
+def operands_of(case: Case, length: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The inputs of at most so many tokens, and a cotangent of the outputs."""
+    inputs = sample(dataclasses.replace(case, length=min(case.length, length)))
+    dout = np.random.default_rng(1).normal(size=inputs.v.shape)
+    return tuple(jnp.asarray(x, jnp.float32) for x in inputs[:6]), jnp.asarray(dout, jnp.float32)
+
+
 @functools.cache
 def study(name: str) -> Study:
     return Study(STUDY[name])
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _solve(operands, dout, *, config: SolverConfig):
+@functools.partial(jax.jit, static_argnames=("config", "chunk_length"))
+def _solve(operands, dout, *, config: SolverConfig, chunk_length: int = 64):
     q, k, v, log_decay, beta, ridge = operands
     starts = jnp.zeros(q.shape[:2], jnp.int32)
-    tiles, _ = xla.cut(k, v, log_decay, beta, ridge, zero_state(q, v), starts, xla.XlaConfig())
+    tiles, _ = xla.cut(k, v, log_decay, beta, ridge, zero_state(q, v), starts, xla.XlaConfig(chunk_length))
 
     def solve_tile(inputs):
         q, dout, tile, expected = inputs
@@ -97,6 +103,17 @@ def test_steps_are_few_and_the_reported_residual_is_true_in_every_row_of_the_stu
         allowed = NESTED["floor"] * found.rounding
         assert (np.abs(found.reported - found.residual) <= allowed).all(), side
         assert (found.residual <= tolerance + allowed).all(), side
+
+
+@each_row
+def test_tiles_of_the_tpu_kernels_take_the_steps_that_their_cost_is_told_for(name):
+    operands, dout = operands_of(STUDY[name], 384)
+    found = jax.device_get(_solve(operands, dout, config=SolverConfig(), chunk_length=TpuConfig().chunk_length))
+    remembers = name.endswith((", 0.99-1", ", 1", "no input", "one token"))
+    most = 6 if remembers else 12 if name.endswith("0.95-1") else 6  # with the factor; on the matrix
+    for side in SIDES:
+        num_steps = found[side][0]  # [n, 1, c]; of what the first chunk forgets nothing is known
+        assert num_steps[0 if remembers else 1 :].max() <= most, side
 
 
 @each_row

@@ -138,7 +138,7 @@ def build_operator(direction: str, solver: SolverConfig) -> Built:
 
 def build_roots(steps: int, programs: int, cores: int) -> Built:
     """The roots of a block of matrices, half as large as those of a tile: the estimate of those takes minutes."""
-    return pallas_tpu_roots.inverse_root, (jax.ShapeDtypeStruct((128 * programs * cores, 64, 64), "float32"),)
+    return _always(pallas_tpu_roots.inverse_root), (jax.ShapeDtypeStruct((128 * programs * cores, 64, 64), "float32"),)
 
 
 def _of_steps(steps: int, kernels: ModuleType, function: Callable) -> Callable:
@@ -162,7 +162,7 @@ def _of_steps(steps: int, kernels: ModuleType, function: Callable) -> Callable:
 
 
 def _always(function: Callable) -> Callable:
-    """Returns a function whose kernels are traced as if every tile were worth a factor: else the model counts none."""
+    """Returns a function whose kernels are traced as if all tiles were worth a factor: else the model counts none."""
 
     def traced(*arrays):
         with mock.patch.object(pallas_tpu_kernel, "take_if", lambda worth, take, results: take()):

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mesa_chunk import pallas_tpu_kernel
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, MEBIBYTE
 
 SUBLANES = 8
@@ -45,12 +46,12 @@ def inverse_root(
         raise ValueError(f"mesa_chunk_roots: matrices have {n} rows, the kernel takes multiples of {SUBLANES}.")
     rows, num_blocks = a.reshape(num * n, n), pl.cdiv(num, LANES)
     wanted = jnp.ones(num, bool) if wanted is None else wanted.reshape(num)
-    wanted = jnp.pad(wanted, (0, num_blocks * LANES - num)).reshape(num_blocks, LANES)
+    wanted = jnp.pad(wanted, (0, num_blocks * LANES - num)).reshape(num_blocks, 1, LANES)
     block = pl.BlockSpec((LANES * n, n), lambda i: (i, 0))
     roots = pl.pallas_call(
         functools.partial(_kernel, least=least),
         grid=(num_blocks,),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
+        in_specs=[pl.BlockSpec((1, 1, 1), lambda i: (i, 0, 0)), block],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
         # rows are not a power of two apart, since loads at the same place of several would get into each other's way
@@ -61,21 +62,17 @@ def inverse_root(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes),
         interpret=interpret,
         name="mesa_chunk_roots",
-    )(jnp.any(wanted, axis=-1).astype(jnp.int32), rows)
+    )(jnp.any(wanted, axis=-1, keepdims=True).astype(jnp.float32), rows)
     return roots.reshape(a.shape)
 
 
 def _kernel(wanted_ref, a_ref, root_ref, memory, *, least: float) -> None:
     """Takes blocks [l * n, n] of matrices below each other, and turns them so that each has a lane of memory."""
-    wanted = wanted_ref[pl.program_id(0)] > 0
-    pl.when(wanted)(functools.partial(_take_roots, a_ref, root_ref, memory, least=least))
-
-    @pl.when(~wanted)
-    def leave():
-        root_ref[...] = jnp.zeros_like(root_ref)
+    take = functools.partial(_take_roots, a_ref, root_ref, memory, least)
+    pallas_tpu_kernel.take_if(jnp.any(wanted_ref[...] > 0), take, (root_ref,))
 
 
-def _take_roots(a_ref, root_ref, memory, *, least: float) -> None:
+def _take_roots(a_ref, root_ref, memory, least: float) -> None:
     n = memory.shape[0]
 
     def load(i, _):

@@ -129,6 +129,21 @@ def test_what_the_kernels_cannot_run_is_refused_with_the_reason(dim, x64, reason
     assert str(caught.value) == f"mesa_chunk: implementation='pallas_tpu' cannot run this: {reason}."
 
 
+def both(q, rest, dout, dstate, *, solver):
+    out, _, x, _, factors = pallas_tpu.forward(q, *rest, solver=solver)
+    return out, pallas_tpu.backward(rest, x, factors, dout, dstate, solver=solver)
+
+
+@needs_libtpu
+def test_a_batch_of_calls_compiles():
+    array = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    n, b, t, h, k = 3, 2, 256, 4, 128
+    q, gates, state = array((n, b, t, h, k)), array((n, b, t, h)), MesaState(*[array((n, b, h, k, k))] * 2)
+    rest = (q, q, gates, gates, array((n, h, k)), state, jax.ShapeDtypeStruct((n, b, t), "int32"))
+    program = compile_for("v5e", jax.vmap(functools.partial(both, solver=SolverConfig())), q, rest, q, state)
+    assert "mesa_chunk_roots" in program
+
+
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
@@ -150,11 +165,7 @@ def test_forward_and_backward_compile_for_every_generation(key_dim, value_dim, p
     starts = jax.ShapeDtypeStruct((b, t), "int32")
     rest = (q, v, gates, gates, array((h, key_dim)), state, starts)
 
-    def both(q, rest, dout, dstate):
-        out, _, x, _, factors = pallas_tpu.forward(q, *rest, solver=solver)
-        return out, pallas_tpu.backward(rest, x, factors, dout, dstate, solver=solver)
-
-    program = compile_for(chip, both, q, rest, v, state)
+    program = compile_for(chip, functools.partial(both, solver=solver), q, rest, v, state)
     assert all(f"mesa_chunk_{name}" in program for name in ("forward", "adjoint", "cotangents"))
     makes_factors = preconditioner == "nested"
     assert all((f"mesa_chunk_{name}" in program) == makes_factors for name in ("roots", "tokens", "rows"))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from experiments import cli
 from experiments.lower import costs, tables
 from experiments.lower.chips import CHIPS
-from experiments.lower.kernels import KERNELS, Kernel
+from experiments.lower.kernels import KERNELS, Kernel, Operator
 from experiments.lower.measure import measure
 
 NAMES = tuple(dict.fromkeys(kernel.name for kernel in KERNELS))
@@ -92,7 +92,7 @@ def print_recorded(path: Path) -> None:
     print("\n".join(tables.markdown(record)))
 
 
-def _rows(config: LowerConfig) -> list[tuple[Kernel, str]]:
+def _rows(config: LowerConfig) -> list[tuple[Kernel | Operator, str]]:
     chosen = [kernel for kernel in KERNELS if kernel.name in config.kernels]
     return [(kernel, chip) for kernel in chosen for chip in config.chips if chip in kernel.chips]
 

@@ -21,7 +21,7 @@ class Cost:
       per: the unit of work that `step` and `once` are divided by.
       refused: why it does not compile.
       no_estimate: why there are no cycles.
-      cycles: of the call, with the greater number of steps.
+      cycles: of a program with the greater number of steps, or of all that XLA does around kernels.
       step, once: cycles per unit, of one more step and of all that is not steps.
       vmem_bytes: memory on the chip.
       code_bytes: of the program, the kernel and what XLA puts around it.
@@ -124,7 +124,7 @@ def _parse(text: str, source: str) -> Record:
 
 
 def growth(before: Cost, now: Cost) -> float | None:
-    """Returns by how much the cycles of the call or of a step grew, whichever did more, relative to before."""
+    """Returns by how much the cycles of a program or of a step grew, whichever did more, relative to before."""
     pairs = ((before.cycles, now.cycles), (before.step, now.step))
     return max(((new - old) / old for old, new in pairs if old and new), default=None)
 

@@ -43,10 +43,10 @@ def read_cycles(profile: str) -> int | None:
 def read_around(program: str) -> int | None:
     """Returns XLA's estimate of what a compiled program does around its kernels, of which it has none itself.
 
-    None where it branches or loops, whose turns are in other computations.
+    None where it branches, loops or calls, since what it does then is in other computations.
     """
     entry = program[program.index("\nENTRY ") :].split("\n}", 1)[0]
-    if " while(" in entry or " conditional(" in entry:
+    if any(f" {word}(" in entry for word in ("while", "conditional", "call")):
         return None
     return sum(map(int, XLA_CYCLES.findall(entry)))
 

@@ -83,7 +83,7 @@ def _measure_around(operator: Operator, chip: str, row: dict) -> Cost:
     if not found or "refused" in found:
         return Cost(**row, refused=found.get("refused") or died or "ended without a report")
     if found["around"] is None:
-        return Cost(**row, no_estimate="XLA has none for loops and branches", code_bytes=found["code_bytes"])
+        return Cost(**row, no_estimate="XLA has none for loops, branches and calls", code_bytes=found["code_bytes"])
     cycles = found["around"]
     return Cost(**row, cycles=cycles, once=round(cycles / operator.per, 3), code_bytes=found["code_bytes"])
 

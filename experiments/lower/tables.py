@@ -9,7 +9,7 @@ NAMES = ("kernel", "case", "chip", "per")  # columns of words, to the left; the 
 NUMBERS = ("step", "once", "before", "change", "bundles", "loop", "MXU", "VPU", "spills", "fills", "VMEM", "code")
 LEGEND = (
     "step, once: cycles per unit of work, of one more step and of all else; before: the same of the last commit;",
-    f"change: of a step or of the call, ! above {GROWTH:.0%}; loop: bundles of the innermost loop; MXU, VPU: share of",
+    f"change: of a step or of a program, ! above {GROWTH:.0%}; loop: bundles of the innermost loop; MXU, VPU: share of",
     "the units' slots that is used in it; spills, fills: in the loop, in all; VMEM, code: KiB.",
 )
 

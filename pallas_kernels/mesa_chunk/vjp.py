@@ -30,7 +30,7 @@ def mesa_chunk(inputs: tuple, solver: SolverConfig, chosen: str) -> tuple[jax.Ar
 
 
 class Residuals(NamedTuple):
-    """What the backward pass keeps. States are recomputed: a scan is cheap beside a solve."""
+    """What the backward pass keeps. States are computed again, which is cheap beside a solve."""
 
     inputs: tuple  # k, v, log_decay, beta, ridge, state, starts
     solution: jax.Array  # of all tiles, [n, b, h, k, c]

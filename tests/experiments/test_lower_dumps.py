@@ -69,6 +69,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 def test_what_xla_does_around_kernels_is_its_estimate_of_the_whole_program():
     assert read_around(PROGRAM) == 42
     assert read_around(PROGRAM.replace("custom-call(", "while(")) is None
+    assert read_around(PROGRAM.replace("custom-call(", "call(")) is None
 
 
 def test_a_schedule_counts_slots_and_spills_in_the_innermost_loop_and_in_all():

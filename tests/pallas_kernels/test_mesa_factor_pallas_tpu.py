@@ -50,6 +50,14 @@ def test_a_matrix_that_is_not_positive_spoils_no_other_and_none_of_its_own_rows_
     assert np.isnan(found[2, 11:]).any(axis=-1).all()
 
 
+def test_blocks_in_which_no_matrix_is_wanted_are_passed_over():
+    a = positive_matrices(130, 8)
+    wanted = jnp.arange(130) == 129
+    found = inverse_root(jnp.asarray(a), wanted=wanted, interpret=True)
+    assert not found[:128].any(), "none of these"
+    assert_near(found[128:], dense(a[128:]), CHUNKWISE["float32"])
+
+
 def test_squares_that_rounding_brought_below_the_smallest_eigenvalue_are_raised_to_it():
     a = np.float32([np.diag([2.0] + [1 - 1e-6] * 7)])
     expected = positive.inverse_root(jnp.asarray(a), least=1.0)
@@ -80,10 +88,9 @@ def tiles_of(inputs, c: int) -> TileArrays:
 
 
 def test_states_and_what_factors_begin_with_are_carried_from_chunk_to_chunk():
-    length, c = 512, 128
-    case = dataclasses.replace(HARD, length=length, num_heads=2, key_dim=32, value_dim=8, decay=(0.97, 1.0))
-    inputs = sample(case)
-    tiles = tiles_of(inputs, c)
+    heads = 6  # two programs of three, after one another for each of four chunks
+    inputs = sample(dataclasses.replace(HARD, length=512, num_heads=heads, key_dim=32, value_dim=8, decay=(0.97, 1.0)))
+    tiles = tiles_of(inputs, 128)
     tile = tiles.tile()
     initial = MesaState(jnp.float32(inputs.kk), jnp.float32(inputs.kv))
     found, final = pallas_tpu.state_and_system_tiles(*tiles[:5], tiles.ridge, initial, interpret=True)

@@ -28,6 +28,7 @@ from pallas_kernels.tiling import pad_axis, round_up
 __all__ = ["TpuConfig", "adjoint_tiles", "backward", "cotangent_tiles", "forward", "forward_tiles", "why_not"]
 
 LARGEST = 256
+Sequences = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]  # the first five of TileArrays
 
 
 def why_not(dtype: jnp.dtype, key_dim: int, value_dim: int) -> str | None:
@@ -161,8 +162,8 @@ def state_and_system_tiles(
     return before, MesaState(final.kk, final.kv)
 
 
-def _cut(k, v, log_decay, beta, ridge, starts, config: TpuConfig) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Cuts padded sequences into tiles [n, b, h, ...], in the order of TileArrays; also returns their ridge."""
+def _cut(k, v, log_decay, beta, ridge, starts, config: TpuConfig) -> tuple[Sequences, jax.Array]:
+    """Cuts padded sequences into tiles [n, b, h, ...]; also returns their ridge."""
     c = config.chunk_length
     starts = jnp.broadcast_to(starts[..., None], log_decay.shape)
     k, v = to_chunks(_pad(k), c), to_chunks(_pad(v), c)

@@ -156,10 +156,14 @@ def first_halves(root, expected, k, beta, ridge, log_decay, starts, results: Hal
     """First half of the factors, from inverse roots [k, k] of the systems before the tokens; references to blocks."""
 
     def take():
-        decays = algebra.cumulative_decays(log_decay[...], starts[...])
-        inverse = transposed_times(root[...], root[...])
-        half = nested.first_half(inverse, k[...], beta[...], algebra.to_column(ridge[...]), decays, expected[...])
-        _store(results, half._replace(usable=half.usable.astype(jnp.float32)))
+        tiles = range(k.shape[0])
+        # stage by stage: the compiler keeps to the order it gets, and a tile by itself waits for its products
+        inverses = [transposed_times(root[i], root[i]) for i in tiles]
+        decays = [algebra.cumulative_decays(log_decay[i], starts[i]) for i in tiles]
+        ridges = [algebra.to_column(ridge[i]) for i in tiles]
+        halves = [nested.first_half(inverses[i], k[i], beta[i], ridges[i], decays[i], expected[i]) for i in tiles]
+        for i, half in enumerate(halves):
+            _store(results, half._replace(usable=half.usable.astype(jnp.float32)), i)
 
     take_if(jnp.any(nested.is_worth_it(expected[...])), take, results)
 
@@ -168,9 +172,10 @@ def second_halves(root, solved, usable, log_decay, starts, results: FactorRows) 
     """Second half of the factors, from inverse roots [c, c] of the systems between tokens; references to blocks."""
 
     def take():
-        decays = algebra.cumulative_decays(log_decay[...], starts[...])
-        rows, still_usable = nested.second_half(root[...], solved[...], usable[...] > 0, decays)
-        _store(results, (rows, still_usable.astype(jnp.float32)))
+        for i in range(root.shape[0]):
+            decays = algebra.cumulative_decays(log_decay[i], starts[i])
+            rows, still_usable = nested.second_half(root[i], solved[i], usable[i] > 0, decays)
+            _store(results, (rows, still_usable.astype(jnp.float32)), i)
 
     take_if(jnp.any(usable[...] > 0), take, results)
 
@@ -180,12 +185,12 @@ def cotangents(x, y, residual, dout, arrays: TileArrays, results: algebra.Cotang
 
     Those are replaced by the cotangents of the states before the tiles.
     """
-    x, y, residual, dout = x[...], y[...], residual[...], dout[...]
-    tile, after = TileArrays(*(ref[...] for ref in arrays)).tile(), MesaState(dstate.kk[...], dstate.kv[...])
-    found = algebra.cotangents(x, y, residual, dout, tile, *after)
-    _store(results, found._replace(ridge=algebra.to_row(found.ridge)))
-    added = algebra.added_cotangents(x, y, dout, tile.decays)
-    _store(dstate, [tile.decays.through * d + a for d, a in zip(after, added, strict=True)])
+    for i, a in enumerate(_load(arrays)):
+        tile, after = a.tile(), MesaState(dstate.kk[i], dstate.kv[i])
+        found = algebra.cotangents(x[i], y[i], residual[i], dout[i], tile, *after)
+        _store(results, found._replace(ridge=algebra.to_row(found.ridge)), i)
+        added = algebra.added_cotangents(x[i], y[i], dout[i], tile.decays)
+        _store(dstate, [tile.decays.through * d + a for d, a in zip(after, added, strict=True)], i)
 
 
 def _after(state: MesaState, k, v, beta, decays: algebra.Decays) -> MesaState:
@@ -311,10 +316,10 @@ def _load(refs) -> list:
     return [jax.tree.map(lambda ref, i=i: ref[i], refs) for i in range(num_tiles)]
 
 
-def _store(refs: tuple, values: Sequence, place: int | slice = slice(None)) -> None:
-    """Stores the values of all tiles, or of the one at a place."""
+def _store(refs: tuple, values: Sequence, i: int) -> None:
+    """Stores what was found of tile i."""
     for ref, value in zip(refs, values, strict=True):
-        ref[place] = value
+        ref[i] = value
 
 
 def _factors(refs: Factor | None, num_tiles: int) -> list[Factor | None]:

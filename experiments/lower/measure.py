@@ -28,6 +28,7 @@ class Run(NamedTuple):
       died: how the process ended before the compiler was done.
       cycles: the estimate; None where there is none.
       schedule, vmem_bytes, code_bytes: as in Cost.
+      around: what XLA does around kernels, by its estimate; None where there is none.
     """
 
     refused: str | None
@@ -36,13 +37,14 @@ class Run(NamedTuple):
     schedule: Schedule | None
     vmem_bytes: int | None
     code_bytes: int | None
+    around: int | None
 
 
 def measure(kernel: Kernel | Operator, chip: str) -> Cost:
     """Returns a row of the table; whatever goes wrong is in it."""
     row = dict(kernel=kernel.name, case=kernel.case, chip=chip, per=kernel.per_name)
     if isinstance(kernel, Operator):
-        return _measure_around(kernel, chip, row)
+        return Cost(**row, **_around(kernel, compile_once(kernel, chip, 1, 1, estimate=False)))
     runs = []
     for steps, programs in kernel.runs:
         runs.append(compile_once(kernel, chip, steps, programs))
@@ -74,21 +76,16 @@ def _cycles(kernel: Kernel, runs: list[Run]) -> dict:
     return dict(cycles=program, step=round(step / kernel.per, 3) if most > fewest else None, once=once)
 
 
-def _measure_around(operator: Operator, chip: str, row: dict) -> Cost:
-    """Returns a row of what XLA does around kernels."""
-    with tempfile.TemporaryDirectory(prefix="lowered-") as name:
-        report = Path(name) / "report.json"
-        died = run(command(operator, chip, 1, 1, report), environment(Path(name), estimate=False))
-        found = json.loads(report.read_text()) if report.exists() else {}
-    if not found or "refused" in found:
-        return Cost(**row, refused=found.get("refused") or died or "ended without a report")
-    if found["around"] is None:
-        return Cost(**row, no_estimate="XLA has none for loops, branches and calls", code_bytes=found["code_bytes"])
-    cycles = found["around"]
-    return Cost(**row, cycles=cycles, once=round(cycles / operator.per, 3), code_bytes=found["code_bytes"])
+def _around(operator: Operator, run: Run) -> dict:
+    """The fields of Cost for what XLA does around kernels."""
+    if run.refused or run.died:
+        return dict(refused=run.refused or run.died)
+    if run.around is None:
+        return dict(code_bytes=run.code_bytes, no_estimate="XLA has none for loops, branches and calls")
+    return dict(code_bytes=run.code_bytes, cycles=run.around, once=round(run.around / operator.per, 3))
 
 
-def compile_once(kernel: Kernel, chip: str, steps: int, programs: int, *, estimate: bool = True) -> Run:
+def compile_once(kernel: Kernel | Operator, chip: str, steps: int, programs: int, *, estimate: bool = True) -> Run:
     """Compiles in a child process and reads what it dumped, however it ended.
 
     Args:
@@ -106,6 +103,7 @@ def compile_once(kernel: Kernel, chip: str, steps: int, programs: int, *, estima
             refused=found.get("refused"),
             died=None if found else died or "ended without a report",
             code_bytes=found.get("code_bytes"),
+            around=found.get("around"),
             **read_dumps(folder, kernel.name),
         )
 

@@ -25,7 +25,17 @@ from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, TpuConfig, call, f
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.tiling import pad_axis, round_up
 
-__all__ = ["TpuConfig", "adjoint_tiles", "backward", "cotangent_tiles", "forward", "forward_tiles", "why_not"]
+__all__ = [
+    "TpuConfig",
+    "adjoint_tiles",
+    "backward",
+    "cotangent_tiles",
+    "forward",
+    "forward_tiles",
+    "state_and_system_tiles",
+    "state_tiles",
+    "why_not",
+]
 
 LARGEST = 256
 Sequences = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]  # the first five of TileArrays

@@ -59,7 +59,7 @@ def call(
     arrays = [x.reshape(1, math.prod(lead), *x.shape[3:]) for x in leaves]
 
     def kernel(*refs):
-        inputs, results, scratch = _cut(refs, len(arrays), len(shapes))
+        inputs, results, scratch = _grouped(refs, len(arrays), len(shapes))
         body(*jax.tree.unflatten(structure, inputs), type(shapes)(*results), *([Memory(*scratch)] if memory else []))
 
     results, _ = _run(kernel, name, arrays, [], shapes, flops, config, interpret, memory=memory)
@@ -96,7 +96,7 @@ def fold(
     begun = [x.reshape(b * h, *x.shape[2:]) for x in carried]
 
     def kernel(*refs):
-        inputs, starts, results, carry = _cut(refs, len(arrays), len(carried), len(shapes))
+        inputs, starts, results, carry = _grouped(refs, len(arrays), len(carried), len(shapes))
 
         @pl.when(pl.program_id(1) == 0)
         def begin():
@@ -149,7 +149,7 @@ def _run(kernel, name, arrays, begun, shapes, flops, config: TpuConfig, interpre
     return results[: len(shapes)], results[len(shapes) :]
 
 
-def _cut(refs: tuple, *sizes: int) -> list[tuple]:
+def _grouped(refs: tuple, *sizes: int) -> list[tuple]:
     """Returns the references in groups of these sizes, and what is left as the last."""
     groups = []
     for size in sizes:

@@ -110,7 +110,7 @@ def test_tiles_of_the_tpu_kernels_take_the_steps_that_their_cost_is_told_for(nam
     operands, dout = operands_of(STUDY[name], 384)
     found = jax.device_get(_solve(operands, dout, config=SolverConfig(), chunk_length=TpuConfig().chunk_length))
     remembers = name.endswith((", 0.99-1", ", 1", "no input", "one token"))
-    most = 6 if remembers else 12 if name.endswith("0.95-1") else 6  # with the factor; on the matrix
+    most = 12 if name.endswith("0.95-1") else 6
     for side in SIDES:
         num_steps = found[side][0]  # [n, 1, c]; of what the first chunk forgets nothing is known
         assert num_steps[0 if remembers else 1 :].max() <= most, side

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.mesa_chunk.products import (
     split,
     times,
+    times_marks,
     times_parts,
     times_transposed,
     transpose,
@@ -61,15 +62,18 @@ class Cotangents(NamedTuple):
     ridge: jax.Array  # [k, 1]
 
 
-def cumulative_decays(log_decay: jax.Array, starts: jax.Array) -> Decays:
-    """Returns the decays of a chunk from its log gates [1, c] and document starts [1, c], int32."""
+def cumulative_decays(log_decay: jax.Array, starts: jax.Array, precision: str = "float32") -> Decays:
+    """Returns the decays of a chunk from its log gates [1, c] and document starts [1, c], int32.
+
+    `precision` is how a kernel comes by a product in full precision.
+    """
     s, t = places(log_decay.shape[-1])
     gates, starts = to_column(log_decay), to_column(starts.astype(log_decay.dtype))
     document = sum_down(jnp.where(s <= t, starts, 0))
     together = to_column(document) == document
     visible = (s <= t) & together
     # every sum runs over its own gates: a difference of cumulative sums would drown weak gates beside a strong one
-    lag = times(jnp.where(s < t, log_decay, 0), jnp.broadcast_to(s <= t, visible.shape).astype(log_decay.dtype))
+    lag = times_marks(jnp.where(s < t, log_decay, 0), jnp.broadcast_to(s <= t, visible.shape), precision)
     # exp only of what is kept: the masked half would overflow, and 0 * inf is NaN
     within = jnp.where(visible, jnp.exp(jnp.where(visible, lag, 0)), 0)
     in_document = jnp.where(together, gates, 0)

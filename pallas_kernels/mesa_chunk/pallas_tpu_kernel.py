@@ -34,7 +34,7 @@ class TileArrays(NamedTuple):
 
     def tile(self) -> algebra.Tile:
         """Returns the tile with its decays."""
-        decays = algebra.cumulative_decays(self.log_decay, self.starts)
+        decays = algebra.cumulative_decays(self.log_decay, self.starts, SIX_PASSES)
         return algebra.Tile(self.k, self.v, self.beta, decays, self.kk, self.kv, algebra.to_column(self.ridge))
 
 

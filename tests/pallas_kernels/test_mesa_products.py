@@ -31,3 +31,12 @@ def test_a_product_loses_no_more_than_the_digits_its_parts_drop_and_float32_sums
     assert (error <= (dropped + rounding) * (np.abs(x) @ np.abs(y))).all()
     coarse = 0.01 * 2.0 ** -BITS[precision] * (np.abs(x) @ np.abs(y))
     assert precision == products.SIX_PASSES or (error > coarse).any(), "more digits than were asked for"
+
+
+@pytest.mark.parametrize("precision", [*BITS, "float32"])
+def test_a_product_with_marks_drops_what_the_parts_of_one_operand_drop(precision):
+    x, marks = np.float32(rng.normal(size=SCALES.shape) * SCALES), rng.integers(2, size=(16, 5)) > 0
+    found = products.times_marks(jnp.asarray(x), jnp.asarray(marks), precision)
+    error = np.abs(found - np.float64(x) @ marks)
+    allowed = 2.0 ** -BITS.get(precision, 24) + 16 * 2.0**-24
+    assert (error <= allowed * (np.abs(x) @ marks)).all() and found.dtype == jnp.float32

@@ -130,32 +130,56 @@ def added_cotangents(x: jax.Array, y: jax.Array, dout: jax.Array, decays: Decays
     return -times_transposed(y, faded), times_transposed(faded, dout)
 
 
+class Meetings(NamedTuple):
+    """The products that the gradients of a tile begin with: what its tokens are to each other and to the states."""
+
+    xk: jax.Array  # [c, c] k_s . x_t, decayed
+    surprise: jax.Array  # [c, c] v_s . dout_t - k_s . y_t, decayed
+    both_sides: jax.Array  # [k, c] (dkk + dkk') k_s: H is symmetric, so a key meets dkk from both sides
+    dkv_v: jax.Array  # [k, c]
+
+
+def meetings(x: jax.Array, y: jax.Array, dout: jax.Array, tile: Tile, dkk: jax.Array, dkv: jax.Array) -> Meetings:
+    """Returns what `cotangents` begins with, of the same arguments."""
+    return Meetings(
+        both_sides=times(dkk + transpose(dkk), transpose(tile.k)),
+        dkv_v=times(dkv, transpose(tile.v)),
+        xk=times(tile.k, x) * tile.decays.within,
+        surprise=(times(tile.v, dout) - times(tile.k, y)) * tile.decays.within,
+    )
+
+
 def cotangents(
-    x: jax.Array, y: jax.Array, residual: jax.Array, dout: jax.Array, tile: Tile, dkk: jax.Array, dkv: jax.Array
+    met: Meetings,
+    x: jax.Array,
+    y: jax.Array,
+    residual: jax.Array,
+    dout: jax.Array,
+    tile: Tile,
+    dkk: jax.Array,
+    dkv: jax.Array,
 ) -> Cotangents:
     """Returns the gradients of one tile (README.md, section 4).
 
     Args:
+      met: from `meetings`, which kernels take of several tiles before they go on.
       x, y: forward and backward solutions [k, c].
       residual: what the latter leave of the backward right-hand side [k, c].
       dout: cotangent of the output [v, c].
       tile: the tile.
       dkk, dkv: cotangents of the states after the chunk, [k, k] and [k, v].
     """
-    decays, beta, k, v = tile.decays, tile.beta, transpose(tile.k), transpose(tile.v)
-    xk = times(tile.k, x) * decays.within
-    surprise = (times(tile.v, dout) - times(tile.k, y)) * decays.within
-    dkk_k, dkv_k = transposed_times(dkk, k), transposed_times(dkv, k)
-    left = times_transposed(x, surprise) + decays.out * (times(dkv, v) + times(dkk, k))
-    right = decays.out * dkk_k - times_transposed(y, xk)
-    dbeta = sum_down(left * k)
+    decays, beta, k = tile.decays, tile.beta, transpose(tile.k)
+    seen = times_transposed(x, met.surprise)
+    after = decays.out * (met.both_sides / 2 + met.dkv_v)
+    dbeta = sum_down(k * (seen + after))
     # <dstate, state> after the chunk, put together from what the state before it and the tokens contribute
     kept = decays.through * (_sum_all(dkk * tile.kk) + _sum_all(dkv * tile.kv))
-    added = _sum_all(beta * decays.out * (sum_down(k * dkk_k) + sum_down(v * dkv_k)))
+    added = _sum_all(beta * sum_down(k * after))
     dtotal = sum_down(x * (tile.ridge * y + residual)) - beta * dbeta
     return Cotangents(
-        k=beta * (left + right),
-        v=beta * (times_transposed(dout, xk) + decays.out * dkv_k),
+        k=beta * (seen - times_transposed(y, met.xk) + decays.out * (met.both_sides + met.dkv_v)),
+        v=beta * (times_transposed(dout, met.xk) + decays.out * transposed_times(dkv, k)),
         log_decay=_later_tokens(dtotal + jnp.where(_is_last(k.shape[-1]), kept + added, 0), decays.visible),
         beta=dbeta,
         ridge=-jnp.sum(x * y, axis=-1, keepdims=True),

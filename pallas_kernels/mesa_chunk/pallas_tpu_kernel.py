@@ -185,9 +185,12 @@ def cotangents(x, y, residual, dout, arrays: TileArrays, results: algebra.Cotang
 
     Those are replaced by the cotangents of the states before the tiles.
     """
-    for i, a in enumerate(_load(arrays)):
-        tile, after = a.tile(), MesaState(dstate.kk[i], dstate.kv[i])
-        found = algebra.cotangents(x[i], y[i], residual[i], dout[i], tile, *after)
+    tiles = [a.tile() for a in _load(arrays)]
+    # as in first_halves, stage by stage
+    met = [algebra.meetings(x[i], y[i], dout[i], t, dstate.kk[i], dstate.kv[i]) for i, t in enumerate(tiles)]
+    for i, tile in enumerate(tiles):
+        after = MesaState(dstate.kk[i], dstate.kv[i])
+        found = algebra.cotangents(met[i], x[i], y[i], residual[i], dout[i], tile, *after)
         _store(results, found._replace(ridge=algebra.to_row(found.ridge)), i)
         added = algebra.added_cotangents(x[i], y[i], dout[i], tile.decays)
         _store(dstate, [tile.decays.through * d + a for d, a in zip(after, added, strict=True)], i)

@@ -19,7 +19,7 @@ def factor(k: int, c: int) -> float:
 
 def cotangents(k: int, c: int) -> float:
     """Of the gradients of a tile, values as large as keys: products over the chunk, and with the states' cotangents."""
-    return 6 * c * k + 4 * k * k
+    return 6 * c * k + 3 * k * k
 
 
 def steps(num_steps: float, num_residuals: float, k: int, c: int) -> float:

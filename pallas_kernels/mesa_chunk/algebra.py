@@ -135,14 +135,14 @@ class Meetings(NamedTuple):
 
     xk: jax.Array  # [c, c] k_s . x_t, decayed
     surprise: jax.Array  # [c, c] v_s . dout_t - k_s . y_t, decayed
-    both_sides: jax.Array  # [k, c] (dkk + dkk') k_s: H is symmetric, so a key meets dkk from both sides
+    dkk_k: jax.Array  # [k, c] (dkk + dkk') / 2 k_s: H is symmetric, and meets of dkk what is symmetric
     dkv_v: jax.Array  # [k, c]
 
 
 def meetings(x: jax.Array, y: jax.Array, dout: jax.Array, tile: Tile, dkk: jax.Array, dkv: jax.Array) -> Meetings:
-    """Returns what `cotangents` begins with, of the same arguments."""
+    """Returns what `cotangents` begins with; arguments as there."""
     return Meetings(
-        both_sides=times(dkk + transpose(dkk), transpose(tile.k)),
+        dkk_k=times(dkk / 2 + transpose(dkk) / 2, transpose(tile.k)),  # halves first: the sum may overflow
         dkv_v=times(dkv, transpose(tile.v)),
         xk=times(tile.k, x) * tile.decays.within,
         surprise=(times(tile.v, dout) - times(tile.k, y)) * tile.decays.within,
@@ -171,14 +171,14 @@ def cotangents(
     """
     decays, beta, k = tile.decays, tile.beta, transpose(tile.k)
     seen = times_transposed(x, met.surprise)
-    after = decays.out * (met.both_sides / 2 + met.dkv_v)
+    after = decays.out * (met.dkk_k + met.dkv_v)
     dbeta = sum_down(k * (seen + after))
     # <dstate, state> after the chunk, put together from what the state before it and the tokens contribute
     kept = decays.through * (_sum_all(dkk * tile.kk) + _sum_all(dkv * tile.kv))
     added = _sum_all(beta * sum_down(k * after))
     dtotal = sum_down(x * (tile.ridge * y + residual)) - beta * dbeta
     return Cotangents(
-        k=beta * (seen - times_transposed(y, met.xk) + decays.out * (met.both_sides + met.dkv_v)),
+        k=beta * (seen - times_transposed(y, met.xk) + decays.out * (2 * met.dkk_k + met.dkv_v)),
         v=beta * (times_transposed(dout, met.xk) + decays.out * transposed_times(dkv, k)),
         log_decay=_later_tokens(dtotal + jnp.where(_is_last(k.shape[-1]), kept + added, 0), decays.visible),
         beta=dbeta,

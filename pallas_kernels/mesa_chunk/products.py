@@ -89,7 +89,7 @@ def times_parts(x: Parts, y: jax.Array) -> jax.Array:
 def times_marks(x: jax.Array, marks: jax.Array, precision: str) -> jax.Array:
     """Returns x y [..., n, m] for the y [..., k, m] that is 1 where marked, bool, and else 0: of it one part is all."""
     parts = split(x, precision)
-    assert not isinstance(parts, Stored)
+    assert not isinstance(parts, Stored)  # for type checkers
     y = marks.astype(jnp.float32).astype(parts[0].dtype)  # compilers for TPUs lay marks out for numbers of their size
     return functools.reduce(jnp.add, (_multiply(part, y, -1, -2) for part in reversed(parts)))
 

@@ -83,3 +83,14 @@ def test_cotangents_of_the_final_state_alone_reach_every_input_that_made_it(impl
     assert not found["q"].any() and not found["ridge"].any()
     for name in ("k", "v", "log_decay", "beta", "kk", "kv"):
         assert relative_error(found[name], truth[name]) <= CHUNKWISE["float32"] and truth[name].any(), name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_gradient_that_is_finite_is_found_from_the_largest_cotangent(implementation):
+    inputs = sample(CASES["odd_length"])
+    inputs = inputs._replace(k=1e-3 * inputs.k, kk=0 * inputs.kk)
+    largest = Cotangents(0 * inputs.v, np.full(inputs.kk.shape, 3e38), 0 * inputs.kv)
+    found = differentiate(inputs, largest, implementation=implementation, solver=CONVERGED).gradients
+    truth = differentiate(inputs, largest, dtype="float64", implementation="reference").gradients
+    for name in ("k", "log_decay", "beta", "kk"):
+        assert relative_error(found[name], truth[name]) <= CHUNKWISE["float32"] and truth[name].any(), name

@@ -50,6 +50,7 @@ class Ledger:
           ValueError: it is no ledger, one of another format, damaged at its end, or open in another process.
         """
         self._path = Path(path).resolve()
+        self._closed = False
         self._file = _open_locked(self._path, 0)
         try:
             self._head = self._find_head()
@@ -67,7 +68,9 @@ class Ledger:
 
         Raises:
           OSError: they cannot be written; none of them is in the file then.
+          ValueError: the ledger was closed.
         """
+        self._check_open()
         lines, head = [], self._head
         for record in records:
             line, head = _sealed(head, record)
@@ -84,8 +87,9 @@ class Ledger:
           How many records lost their content.
 
         Raises:
-          ValueError: not exactly one id is given.
+          ValueError: not exactly one id is given, or the ledger was closed.
         """
+        self._check_open()
         if (input_id is None) == (reference_id is None):
             raise ValueError("redact: give either input_id or reference_id.")
         count = 0
@@ -103,14 +107,21 @@ class Ledger:
         return count
 
     def close(self) -> None:
-        """Lets others write."""
-        os.close(self._file)
+        """Lets others write; closed once more, nothing happens."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._file)
 
     def __enter__(self) -> "Ledger":
         return self
 
     def __exit__(self, *error) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        """A number of a closed file may be another file's by now."""
+        if self._closed:
+            raise ValueError(f"{self._path}: this ledger was closed; open it again to write.")
 
     def _find_head(self) -> Head:
         size = os.fstat(self._file).st_size

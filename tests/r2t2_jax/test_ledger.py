@@ -118,6 +118,18 @@ def test_a_ledger_has_one_writer(path):
     Ledger(path).close()
 
 
+def test_what_is_closed_writes_nowhere(path, tmp_path):
+    ledger = Ledger(path)
+    ledger.close()
+    with open(tmp_path / "another's", "w+b", buffering=0) as other:  # gets the number of the closed file
+        for write in (lambda: ledger.append(recorded()), lambda: ledger.redact(input_id="scene-0")):
+            with pytest.raises(ValueError, match="this ledger was closed; open it again to write"):
+                write()
+        ledger.close()
+        assert other.write(b"mine") == 4
+    assert (tmp_path / "another's").read_bytes() == b"mine" and len(read(path)) == 6
+
+
 def test_a_link_to_a_ledger_stays_a_link(path, tmp_path):
     link = tmp_path / "latest"
     link.symlink_to(path)

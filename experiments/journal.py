@@ -201,6 +201,8 @@ class Journal:
             reasons.append(f"the loss of micro-batch {int(metrics.bad_micro_batch)} (rows {row} to {row + part - 1})")
         if metrics.bad_gradient >= 0:
             reasons.append(f"the gradient of {self._names[int(metrics.bad_gradient)]}")
+        if not reasons and metrics.bad_parameter >= 0:
+            reasons.append(f"the update of {self._names[int(metrics.bad_parameter)]}")
         return " and ".join(reasons or ["the gradient's norm"]) + " is not finite"
 
     def _check_skips(self, entry: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class RunConfig:
       eval_every: steps between held-out losses; 0 only at the end.
       eval_batches: held-out batches that loss is taken over.
       log_every: steps between lines on the console.
-      max_skips: steps in a row that may be skipped, because loss or gradient is not finite, before the run stops.
+      max_skips: steps in a row that may be skipped, because something was not finite, before the run stops.
       hosts: the processes of the run.
       grace_seconds: time after SIGTERM or Ctrl-C to save everything in.
       compile_cache: folder that compiled programs are kept in between starts; empty keeps none.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -46,16 +47,23 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        for field, value in dataclasses.asdict(self).items():
+            if not math.isfinite(value):
+                raise ValueError(f"OptimizerConfig: {field}={value} must be finite.")
         if self.peak_lr <= 0:
             raise ValueError(f"OptimizerConfig: peak_lr={self.peak_lr} must be positive.")
-        if min(self.warmup_steps, self.start_lr, self.weight_decay) < 0:
-            raise ValueError("OptimizerConfig: warmup_steps, start_lr and weight_decay must not be negative.")
+        if min(self.warmup_steps, self.start_lr, self.weight_decay, self.final_fraction) < 0:
+            raise ValueError(
+                "OptimizerConfig: warmup_steps, start_lr, weight_decay and final_fraction must not be negative."
+            )
+        if self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(f"OptimizerConfig: warmup_steps={self.warmup_steps} must be a whole number.")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.clip_norm > 0):
             raise ValueError("OptimizerConfig: b1 and b2 must lie in [0, 1), eps and clip_norm above 0.")
 
 
 class Skipped(NamedTuple):
-    """Steps that changed no parameter and no moment, because their loss or gradient was not finite."""
+    """Steps that changed no parameter and no moment, because something was not finite."""
 
     total: jax.Array  # [] int32
     in_a_row: jax.Array  # [] int32, up to the last step
@@ -82,6 +90,7 @@ class Metrics(NamedTuple):
     skipped_in_a_row: jax.Array
     bad_micro_batch: jax.Array  # the first whose loss is not finite, or -1
     bad_gradient: jax.Array  # the first, in the order of jax.tree.leaves(params), that is not finite, or -1
+    bad_parameter: jax.Array  # the first, in the same order, that the update would have made so, or -1
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -135,17 +144,19 @@ def train_step(
     """Does one update from micro-batches: batch arrays are [a, b, t + 1].
 
     Gradients are summed over micro-batches and divided by the number of target tokens once, so that splitting a batch
-    changes nothing but rounding. A loss or gradient that is not finite leaves parameters and moments as they are: the
-    step is skipped and counted, and neither the schedule nor the bias correction of the optimizer moves on.
+    changes nothing but rounding. A loss, a gradient or an updated parameter that is not finite leaves parameters and
+    moments as they are: the step is skipped and counted, and neither the schedule nor the bias correction of the
+    optimizer moves on.
     """
     grads, losses, watched = _gradients(state.params, batch, model)
     num_targets = jnp.maximum(watched.num_targets, 1)
     grads = jax.tree.map(lambda g: g / num_targets, grads)
     squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
     loss, grad_norm = jnp.sum(losses) / num_targets, jnp.sqrt(jnp.sum(squares))
-    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updated = (optax.apply_updates(state.params, updates), opt_state)
+    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updated[0])])
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.all(finite)
     params, opt_state = jax.tree.map(functools.partial(jnp.where, good), updated, (state.params, state.opt_state))
     skipped = Skipped(state.skipped.total + ~good, jnp.where(good, 0, state.skipped.in_a_row + 1))
     metrics = Metrics(
@@ -158,6 +169,7 @@ def train_step(
         skipped_in_a_row=skipped.in_a_row,
         bad_micro_batch=_first_not_finite(losses),
         bad_gradient=_first_not_finite(squares),
+        bad_parameter=_first(~finite),
     )
     return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
@@ -200,8 +212,12 @@ def _as_computed(grads, dtype: str):
 
 
 def _first_not_finite(values: jax.Array) -> jax.Array:
-    bad = ~jnp.isfinite(values)
-    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+    return _first(~jnp.isfinite(values))
+
+
+def _first(marks: jax.Array) -> jax.Array:
+    """Returns the place of the first mark that is true, -1 if none is."""
+    return jnp.where(jnp.any(marks), jnp.argmax(marks), -1)
 
 
 class _Watched(NamedTuple):

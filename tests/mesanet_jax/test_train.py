@@ -121,6 +121,32 @@ def test_a_batch_that_gives_nan_changes_nothing_and_is_counted_and_named():
     jax.tree.map(np.testing.assert_array_equal, went_on.opt_state, undisturbed.opt_state)
 
 
+def test_an_update_that_leaves_the_finite_numbers_changes_nothing_and_is_named():
+    state, _ = compiled()
+    too_fast = dataclasses.replace(OPTIMIZER, start_lr=3e38, peak_lr=3e38, warmup_steps=0, weight_decay=10.0)
+    optimizer = make_optimizer(too_fast, 50)
+    step = jax.jit(functools.partial(train_step, model=MesaNet(model_config(("mesa",))), optimizer=optimizer))
+    found, metrics = step(state, batch())
+    assert np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm) and metrics.bad_gradient == -1
+    assert metrics.skipped == 1 and metrics.bad_parameter >= 0
+    jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, state.opt_state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("peak_lr", float("nan"), "peak_lr=nan must be finite"),
+        ("weight_decay", float("inf"), "weight_decay=inf must be finite"),
+        ("final_fraction", -5.0, "final_fraction must not be negative"),
+        ("warmup_steps", 2.5, "warmup_steps=2.5 must be a whole number"),
+    ],
+)
+def test_settings_of_the_optimizer_that_cannot_be_right_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**{field: value})
+
+
 @jax.custom_vjp
 def nan_backwards(x):
     """The identity, with a gradient of NaN."""

@@ -73,6 +73,9 @@ class ExplainConfig:
                 raise ValueError(f"ExplainConfig: {field}={getattr(self, field)} must be at least {low}.")
 
 
+COMMAND = "experiments.mesanet.explain"  # which its pages name, so that they know each other
+
+
 class Reading(NamedTuple):
     """A text that was read; place p is its p-th token, predicted from those before it."""
 
@@ -84,8 +87,20 @@ class Reading(NamedTuple):
     weights: np.ndarray  # [l, h, t, t + 1] of BOS and all tokens, for the prediction of token t
 
 
+def _check_output(output: Path) -> None:
+    """Refuses to replace what is no earlier page."""
+    try:
+        ours = not output.exists() or COMMAND in output.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"output: {output} cannot be written ({error.strerror}); give another file.") from None
+    if not ours:
+        raise UserError(f"output: {output} is no page of this command; give a new file.")
+
+
 def main(config: ExplainConfig) -> None:
     """Reads the text and writes the page."""
+    output = Path(config.output) if config.output else config.run / "explain.html"
+    _check_output(output)
     run = open_run(config.run)
     if "mesa" not in run.config.model.pattern:
         raise UserError(f"run: {config.run} has no mesa layer; name a run that has one.")
@@ -98,8 +113,7 @@ def main(config: ExplainConfig) -> None:
         raise UserError(f"tokens: {beyond[0]} is no place in a text of {len(ids)} tokens; take 0 to {len(ids) - 1}.")
     reading = read(run, other, ids)
     chosen = config.tokens or _gained_most(reading, config.num_tokens)
-    output = Path(config.output) if config.output else config.run / "explain.html"
-    facts = provenance(["python", "-m", "experiments.mesanet.explain", *sys.argv[1:]], seed=0)
+    facts = provenance(["python", "-m", COMMAND, *sys.argv[1:]], seed=0)
     try:
         output.write_text(write(run.name, other.name if other else "", reading, chosen, config.top, facts))
     except OSError as error:

@@ -93,3 +93,15 @@ def test_another_tokenizer_cannot_be_compared(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(runs / "mesa", "--against", tmp_path / "words", "--text", TEXT)
     assert re.search("against: .*words has another tokenizer than .*mesa; name a run", capsys.readouterr().err)
+
+
+def test_only_an_earlier_page_is_replaced(runs, tmp_path, capsys):
+    page, notes = tmp_path / "page.html", tmp_path / "notes.md"
+    for text in ("ab", "abc"):
+        run(runs / "mesa", "--text", text, "--num-tokens", 0, "--output", page)
+    assert "3 tokens" in page.read_text()
+    notes.write_text("mine")
+    with pytest.raises(SystemExit):
+        run(runs / "mesa", "--text", "abc", "--output", notes)
+    assert re.search("output: .*notes.md is no page of this command; give a new file", capsys.readouterr().err)
+    assert notes.read_text() == "mine"

@@ -92,7 +92,9 @@ class RunConfig:
                 raise ValueError(f"RunConfig: {field}={getattr(self, field)} must be at least 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"RunConfig: seed={self.seed} must lie between 0 and 2**32 - 1.")
-        if self.grace_seconds <= 0:
+        if self.eval_every < 0:
+            raise ValueError(f"RunConfig: eval_every={self.eval_every} is negative; 0 evaluates only at the end.")
+        if not self.grace_seconds > 0:
             raise ValueError(f"RunConfig: grace_seconds={self.grace_seconds} must be positive.")
         if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
             raise ValueError(f"RunConfig: profile_steps={self.profile_steps} must be a step and a later one.")

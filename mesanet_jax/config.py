@@ -8,6 +8,8 @@ from pallas_kernels import SolverConfig
 MixerName = Literal[
     "mesa", "gla", "mamba2", "mlstm", "deltanet", "gated_deltanet", "hawk", "sliding_window", "attention"
 ]
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["nothing", "all_but_solutions", "everything"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,8 @@ class MesaNetConfig:
     tied_embedding: bool = True
     logit_cap: float = 30.0
     norm_eps: float = 1e-6
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["nothing", "all_but_solutions", "everything"] = "nothing"
+    dtype: Dtype = "float32"
+    remat: Remat = "nothing"
     solver: SolverConfig = SolverConfig()
 
     def __post_init__(self):
@@ -81,6 +83,9 @@ class MesaNetConfig:
         for field in (*positive, "max_context"):
             if getattr(self, field) < 1:
                 raise ValueError(f"MesaNetConfig: {field}={getattr(self, field)} must be at least 1.")
+        for field, values in (("dtype", Dtype.__args__), ("remat", Remat.__args__)):
+            if getattr(self, field) not in values:
+                raise ValueError(f"MesaNetConfig: {field}={getattr(self, field)!r} must be one of {values}.")
         if self.mlp_dim < 0:
             raise ValueError(f"MesaNetConfig: mlp_dim={self.mlp_dim} is negative; use 0 for three times model_dim.")
         known = MixerName.__args__

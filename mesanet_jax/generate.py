@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mesanet_jax.model import MesaNet, apply_with_report
 from mesanet_jax.shapes import Tokens
@@ -26,10 +28,10 @@ class SamplingConfig:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"SamplingConfig: temperature={self.temperature} is negative; 0 is greedy.")
-        if self.top_k < 0:
-            raise ValueError(f"SamplingConfig: top_k={self.top_k} is negative; 0 means all tokens.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"SamplingConfig: temperature={self.temperature} must be 0, which is greedy, or more.")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"SamplingConfig: top_k={self.top_k} must be a whole number; 0 means all tokens.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"SamplingConfig: top_p={self.top_p} must lie in (0, 1]; 1 means all tokens.")
 
@@ -64,7 +66,8 @@ def generate(
       [b, num_tokens] int32.
 
     Raises:
-      ValueError: num_tokens is below 1, or the prompt is empty or not [b, t].
+      ValueError: num_tokens is below 1; the prompt is empty, not [b, t], or padded on the right; a token of it, or the
+        stop token, is none of the model's. Under jit the tokens of a prompt are not known, and not checked.
     """
     return _generate(model, params, prompt, num_tokens, key, sampling, solver, stop_token, watched=False)[0]
 
@@ -91,14 +94,30 @@ def generate_with_report(
 
 def _generate(model: MesaNet, params, prompt, num_tokens: int, key, sampling, solver, stop_token, *, watched: bool):
     """Checks, and compiles for a cache of the length needed."""
-    if num_tokens < 1:
-        raise ValueError(f"generate: num_tokens={num_tokens} must be at least 1.")
+    prompt, vocab_size = jnp.asarray(prompt), model.config.vocab_size
+    if num_tokens < 1 or num_tokens != int(num_tokens):
+        raise ValueError(f"generate: num_tokens={num_tokens} must be a whole number of at least 1.")
+    if stop_token is not None and not 0 <= stop_token < vocab_size:
+        raise ValueError(f"generate: stop_token={stop_token} is no token of a model that knows {vocab_size}.")
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"generate: prompt has shape {prompt.shape}; it must be [b, t] with at least one token.")
+    if not isinstance(prompt, jax.core.Tracer) and prompt.is_fully_addressable:
+        _check_tokens(np.asarray(prompt), vocab_size)
     # parameters do not depend on these two, so the same weights serve; a shorter cache saves memory, not context
     max_context = min(model.config.max_context, prompt.shape[1] + num_tokens)
     config = dataclasses.replace(model.config, solver=solver or model.config.solver, max_context=max_context)
     return _sample(MesaNet(config), params, prompt, key, num_tokens, sampling, stop_token, watched)
+
+
+def _check_tokens(prompt: np.ndarray, vocab_size: int) -> None:
+    """What is predicted from a token that does not exist, or from padding, is nothing, and looks like a text."""
+    if prompt.max(initial=-1) >= vocab_size:
+        raise ValueError(f"generate: the prompt holds token {prompt.max()}; the model knows 0 to {vocab_size - 1}.")
+    if (prompt[:, -1] < 0).any():
+        row = int(np.argmax(prompt[:, -1] < 0))
+        raise ValueError(
+            f"generate: row {row} of the prompt ends with padding; pad on the left, with at least a token."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))

@@ -129,20 +129,24 @@ def test_attention_generates_with_the_context_it_was_given():
     np.testing.assert_array_equal(jnp.argmax(model.apply(params, text)[0][:, 11:-1], -1), text[:, 12:])
 
 
+def generate_badly(prompt=((0, 0),), **choices):
+    choices = dict(num_tokens=1, key=jax.random.key(0)) | choices
+    return generate(MesaNet(SMALL), {}, jnp.asarray(prompt, jnp.int32), **choices)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: SamplingConfig(temperature=-1), "temperature=-1 is negative"),
-        (lambda: SamplingConfig(top_k=-1), "top_k=-1 is negative"),
+        (lambda: SamplingConfig(temperature=-1), "temperature=-1 must be 0"),
+        (lambda: SamplingConfig(temperature=float("nan")), "temperature=nan must be 0"),
+        (lambda: SamplingConfig(top_k=-1), "top_k=-1 must be a whole number"),
+        (lambda: SamplingConfig(top_k=2.5), "top_k=2.5 must be a whole number"),
         (lambda: SamplingConfig(top_p=0), "top_p=0 must lie in"),
-        (
-            lambda: generate(MesaNet(SMALL), {}, jnp.zeros((1, 2), jnp.int32), num_tokens=0, key=jax.random.key(0)),
-            "num_tokens=0 must be at least 1",
-        ),
-        (
-            lambda: generate(MesaNet(SMALL), {}, jnp.zeros((1, 0), jnp.int32), num_tokens=1, key=jax.random.key(0)),
-            "prompt has shape",
-        ),
+        (lambda: generate_badly(num_tokens=0), "num_tokens=0 must be a whole number of at least 1"),
+        (lambda: generate_badly([[]]), "prompt has shape"),
+        (lambda: generate_badly([[0, 99]]), "the prompt holds token 99; the model knows 0 to"),
+        (lambda: generate_badly([[-1, 0], [0, -1]]), "row 1 of the prompt ends with padding; pad on the left"),
+        (lambda: generate_badly(stop_token=99), "stop_token=99 is no token of a model that knows"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(call, words):

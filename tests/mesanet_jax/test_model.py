@@ -282,6 +282,8 @@ def test_bad_calls_end_in_a_sentence(call, error, words):
         ({"pattern": ("attention",), "key_dim": 15, "value_dim": 15}, "attention needs an even key_dim"),
         ({"pattern": ("attention",), "value_dim": 8}, "attention needs an even key_dim"),
         ({"gate_bound": 1.5}, "gate_bound=1.5 must lie in"),
+        ({"remat": "foo"}, "remat='foo' must be one of"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of"),
         ({"ridge_init": 0.1}, "ridge_init=0.1 must exceed ridge_floor=0.25"),
         ({"mlp_dim": -1}, "mlp_dim=-1 is negative"),
         ({"pattern": ("hawk",), "recurrent_dim": 33}, "recurrent_dim=33 must be a positive multiple of num_heads=2"),

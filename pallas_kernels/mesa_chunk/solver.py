@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk.products import PRECISIONS, SIX_PASSES
@@ -49,16 +50,18 @@ class SolverConfig:
             steps = getattr(self, field)
             if steps is None and field.startswith("adjoint"):
                 continue
-            if not isinstance(steps, int) or isinstance(steps, bool) or steps > MOST_STEPS:
+            if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps > MOST_STEPS:
                 raise ValueError(f"SolverConfig: {field}={steps} must be a whole number up to {MOST_STEPS}.")
             if steps < 0:
                 raise ValueError(f"SolverConfig: {field}={steps} is negative; use 0 or more.")
+            object.__setattr__(self, field, int(steps))  # numpy's numbers are constants that kernels do not take
         for field in ("tolerance", "adjoint_tolerance"):
             value = getattr(self, field)
             if value is None and field.startswith("adjoint"):
                 continue
-            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+            if not isinstance(value, int | float | np.floating) or not 0.0 <= value < 1.0:
                 raise ValueError(f"SolverConfig: {field}={value} is outside [0, 1); 1e-4 is a common choice.")
+            object.__setattr__(self, field, float(value))
         for field, known in {"preconditioner": PRECONDITIONERS, "precision": PRECISIONS}.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"SolverConfig: {field}={getattr(self, field)!r} is unknown; use one of {known}.")

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step, mesa_summary
@@ -133,3 +134,9 @@ def test_solver_config_names_the_field(fields, sentence):
     with pytest.raises(ValueError) as caught:
         SolverConfig(**fields)
     assert str(caught.value) == sentence
+
+
+def test_solver_config_takes_the_numbers_of_numpy():
+    config = SolverConfig(max_steps=np.int64(3), tolerance=np.float32(0.5))
+    assert config == SolverConfig(max_steps=3, tolerance=0.5)
+    assert (type(config.max_steps), type(config.tolerance)) == (int, float)

@@ -46,6 +46,10 @@ def mesa_chunk(
     x_t comes from conjugate gradient, its gradient from the implicit function theorem: a second solve with the same
     matrices, no unrolling. States and solver are float32 whatever the inputs are; memory grows linearly with t. Under
     `jax.checkpoint`, the policy save_only_these_names("mesa_solution") spares the backward pass the forward solve.
+    Differentiable once, in reverse mode; implementation="reference" is so as often as one likes, in either.
+
+    A number in a real token that is not finite spoils its head from its chunk on, earlier tokens of the chunk and other
+    documents among it: what keeps tokens apart is a factor of 0, and 0 times NaN is NaN.
 
     Args:
       q, k: queries and keys, usually of unit length.

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mesanet_jax.model import MesaNet, apply_with_report
 from mesanet_jax.shapes import Tokens
@@ -101,7 +102,7 @@ def _generate(model: MesaNet, params, prompt, num_tokens: int, key, sampling, so
         raise ValueError(f"generate: stop_token={stop_token} is no token of a model that knows {vocab_size}.")
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"generate: prompt has shape {prompt.shape}; it must be [b, t] with at least one token.")
-    if not isinstance(prompt, jax.core.Tracer) and prompt.is_fully_addressable:
+    if not isinstance(prompt, Tracer) and prompt.is_fully_addressable:
         _check_tokens(np.asarray(prompt), vocab_size)
     # parameters do not depend on these two, so the same weights serve; a shorter cache saves memory, not context
     max_context = min(model.config.max_context, prompt.shape[1] + num_tokens)

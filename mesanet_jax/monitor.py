@@ -54,8 +54,11 @@ def check_solves(expected: SolverRange, report: SolveReport, *, false_alarm: flo
       false_alarm: largest probability of a warning, all layers and heads together, while 1 % of the tokens are beyond.
 
     Raises:
-      ValueError: the report is of a model with other layers or heads, or with none that solve.
+      ValueError: the report is of a model with other layers or heads, or with none that solve; false_alarm is no
+        probability.
     """
+    if not 0 < false_alarm < 1:
+        raise ValueError(f"check_solves: false_alarm={false_alarm} must lie in (0, 1).")
     shape = None if report is None else (report.num_steps.shape[0], report.num_steps.shape[3])
     if expected.num_steps.shape != shape:
         raise ValueError(

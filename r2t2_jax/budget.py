@@ -1,6 +1,7 @@
 """A latency budget becomes a strategy and a number of steps, from times measured on the device at hand."""
 
 import dataclasses
+import math
 import time
 from typing import NamedTuple
 
@@ -46,10 +47,12 @@ def fit_budget(
       rounds: times each candidate runs.
 
     Raises:
-      ValueError: the budget is not positive.
+      ValueError: the budget is no positive number, or there are no inputs or rounds to measure.
     """
-    if not milliseconds > 0:
-        raise ValueError(f"fit_budget: milliseconds={milliseconds} must be positive.")
+    if not 0 < milliseconds < math.inf:
+        raise ValueError(f"fit_budget: milliseconds={milliseconds} must be a positive number.")
+    if rounds < 1 or not all(len(x) for x in jax.tree.leaves(inputs)):
+        raise ValueError("fit_budget: give at least one input and one round to measure.")
     budget = milliseconds / 1000
     tile = jax.tree.map(lambda x: x[np.arange(TILE) % len(x)], inputs)
 

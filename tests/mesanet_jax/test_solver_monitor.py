@@ -82,6 +82,8 @@ def test_reports_of_another_model_and_too_few_tokens_are_refused():
         check_solves(jax.tree.map(lambda x: x[:1], RANGE), made_up(0))
     with pytest.raises(ValueError, match="of the report are None"):
         check_solves(RANGE, None)
+    with pytest.raises(ValueError, match=r"false_alarm=0 must lie in \(0, 1\)"):
+        check_solves(RANGE, made_up(0), false_alarm=0)
     with pytest.raises(ValueError, match="30 tokens were solved; give reports of 1000 at least"):
         solver_range([made_up(0, rows=1, length=30)])
     with pytest.raises(ValueError, match="0 tokens were solved"):

@@ -74,12 +74,14 @@ class MesaNet(nn.Module):
             on with, or on the left where there is no state yet.
 
         Raises:
-          TypeError, ValueError: tokens or segment_ids are not integers [b, t], or ids decrease (seen outside jit only).
+          TypeError, ValueError: tokens or segment_ids are not integers [b, t], or ids decrease (seen outside jit only);
+            the state is of another pattern or of other rows.
         """
         c = self.config
         _check(tokens, segment_ids)
         x, table = embed(c, tokens)
         states = (None,) * len(c.pattern) if state is None else state
+        _check_states(c, states, tokens.shape[0])
         x, states = stack(c)(x, states, segment_ids)
         x = layers.rms_norm(c, "out_norm")(x)
         if not c.tied_embedding:
@@ -104,6 +106,15 @@ def apply_with_report(model: MesaNet, params, tokens: Tokens, state=None, segmen
 def num_parameters(params) -> int:
     """Returns how many numbers the parameters (or their shapes) hold."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _check_states(config: MesaNetConfig, states: tuple, num_rows: int) -> None:
+    found = {x.shape[1] for x in jax.tree.leaves(states) if x.ndim > 1}  # [layers, b, ...]
+    if len(states) != len(config.pattern) or found - {num_rows}:
+        raise ValueError(
+            f"state: it is of {len(states)} mixers and {sorted(found)} rows; pass what a call of this model, of "
+            f"{len(config.pattern)}, returned for {num_rows}."
+        )
 
 
 def embed(config: MesaNetConfig, tokens: Tokens) -> tuple[Activations, jax.Array]:

@@ -264,6 +264,16 @@ def test_no_solver_steps_leave_gated_linear_attention():
             ValueError,
             "segment_ids of row 0 decrease",
         ),
+        (
+            lambda m, p: m.apply(p, jnp.zeros((3, 1), jnp.int32), m.apply(p, jnp.zeros((2, 1), jnp.int32))[1]),
+            ValueError,
+            r"state: it is of 1 mixers and \[2\] rows; .* of 1, returned for 3",
+        ),
+        (
+            lambda m, p: m.apply(p, jnp.zeros((2, 1), jnp.int32), 2 * m.apply(p, jnp.zeros((2, 1), jnp.int32))[1]),
+            ValueError,
+            r"state: it is of 2 mixers and \[2\] rows; .* of 1, returned for 2",
+        ),
     ],
 )
 def test_bad_calls_end_in_a_sentence(call, error, words):

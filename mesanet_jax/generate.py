@@ -106,7 +106,9 @@ def _generate(model: MesaNet, params, prompt, num_tokens: int, key, sampling, so
         _check_tokens(np.asarray(prompt), vocab_size)
     # parameters do not depend on these two, so the same weights serve; a shorter cache saves memory, not context
     max_context = min(model.config.max_context, prompt.shape[1] + num_tokens)
-    config = dataclasses.replace(model.config, solver=solver or model.config.solver, max_context=max_context)
+    config = dataclasses.replace(
+        model.config, solver=model.config.solver if solver is None else solver, max_context=max_context
+    )
     return _sample(MesaNet(config), params, prompt, key, num_tokens, sampling, stop_token, watched)
 
 

@@ -158,6 +158,8 @@ def by_layer(watched, kind: type[Watched]) -> Watched | None:
 
 
 def _check(tokens, segment_ids) -> None:
+    if not hasattr(tokens, "dtype"):
+        raise TypeError(f"MesaNet: tokens are a {type(tokens).__name__}; pass an array.")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"MesaNet: tokens have dtype {tokens.dtype}; pass integers.")
     if tokens.ndim != 2 or 0 in tokens.shape:

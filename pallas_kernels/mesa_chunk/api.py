@@ -17,7 +17,7 @@ from pallas_kernels.mesa_chunk.contract import (
     zero_state,
 )
 from pallas_kernels.mesa_chunk.reference import mesa_chunk_reference
-from pallas_kernels.mesa_chunk.solver import SolverConfig
+from pallas_kernels.mesa_chunk.solver import SolverConfig, check_solver
 
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
@@ -74,6 +74,7 @@ def mesa_chunk(
       TypeError, ValueError: an argument's dtype, rank or size does not fit; the message names it.
       NotImplementedError: the named implementation cannot run this.
     """
+    check_solver("mesa_chunk", solver)
     check_inputs("mesa_chunk", q, k, v, log_decay, beta, ridge, state, time_axis=True)
     out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
     kernels = {name: kernel.why_not(dtype, q.shape[-1], v.shape[-1]) for name, kernel in KERNELS.items()}

@@ -104,6 +104,8 @@ def check_segment_ids(operator: str, segment_ids, shape: tuple[int, ...]) -> Non
       TypeError: segment_ids are not integers.
       ValueError: their shape is wrong, or an id is smaller than one before it in the same row.
     """
+    if not hasattr(segment_ids, "dtype"):
+        raise TypeError(f"{operator}: segment_ids are a {type(segment_ids).__name__}; pass an array.")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"{operator}: segment_ids have dtype {segment_ids.dtype}; pass integers.")
     if segment_ids.shape != shape:

@@ -84,6 +84,12 @@ class SolverConfig:
         )
 
 
+def check_solver(operator: str, solver) -> None:
+    """Raises TypeError if `solver` is no SolverConfig."""
+    if not isinstance(solver, SolverConfig):
+        raise TypeError(f"{operator}: solver is a {type(solver).__name__}; pass a SolverConfig.")
+
+
 class Solution(NamedTuple):
     """Result of a solve; `residual` is the vector rhs - A solution, computed from the solution."""
 

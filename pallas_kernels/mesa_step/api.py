@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.mesa_chunk.api import mesa_chunk
 from pallas_kernels.mesa_chunk.contract import LOWEST_LOG_DECAY, MesaState, SolveReport, check_inputs, solver_dtype
-from pallas_kernels.mesa_chunk.solver import SolverConfig
+from pallas_kernels.mesa_chunk.solver import SolverConfig, check_solver
 from pallas_kernels.mesa_step import pallas_gpu, pallas_tpu, xla
 
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -43,6 +43,7 @@ def mesa_step(
     """
     if state is None:
         raise TypeError("mesa_step: state is None; pass the MesaState that mesa_chunk or the last step returned.")
+    check_solver("mesa_step", solver)
     check_inputs("mesa_step", q, k, v, log_decay, beta, ridge, state, time_axis=False)
     out_dtype, dtype = v.dtype, solver_dtype(q, k, v, log_decay, beta, ridge)
     kernels = {name: kernel.why_not(dtype, q.shape[-1], v.shape[-1]) for name, kernel in KERNELS.items()}

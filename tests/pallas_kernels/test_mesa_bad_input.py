@@ -42,6 +42,8 @@ SHARED = {
         TypeError,
         "state.kk has dtype int32; pass a floating-point array.",
     ),
+    "a list": (dict(q=[[1.0]]), TypeError, "q is a list; pass an array."),
+    "no solver": (dict(solver=None), TypeError, "solver is a NoneType; pass a SolverConfig."),
     "unknown name": (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown; use None or one of "),
     "not here": (
         dict(implementation="pallas_gpu"),
@@ -50,6 +52,7 @@ SHARED = {
     ),
 }
 ONLY_CHUNK = {
+    "ids in a list": (dict(segment_ids=[[0] * 4] * 2), TypeError, "segment_ids are a list; pass an array."),
     "ids of floats": (dict(segment_ids=jnp.zeros((2, 4))), TypeError, "segment_ids have dtype float32; pass integers."),
     "shape of ids": (
         dict(segment_ids=jnp.zeros(4, int)),

@@ -52,10 +52,9 @@ class OptimizerConfig:
                 raise ValueError(f"OptimizerConfig: {field}={value} must be finite.")
         if self.peak_lr <= 0:
             raise ValueError(f"OptimizerConfig: peak_lr={self.peak_lr} must be positive.")
-        if min(self.warmup_steps, self.start_lr, self.weight_decay, self.final_fraction) < 0:
-            raise ValueError(
-                "OptimizerConfig: warmup_steps, start_lr, weight_decay and final_fraction must not be negative."
-            )
+        for field in ("warmup_steps", "start_lr", "weight_decay", "final_fraction"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"OptimizerConfig: {field}={getattr(self, field)} must not be negative.")
         if self.warmup_steps != int(self.warmup_steps):
             raise ValueError(f"OptimizerConfig: warmup_steps={self.warmup_steps} must be a whole number.")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.clip_norm > 0):

@@ -138,7 +138,7 @@ def test_an_update_that_leaves_the_finite_numbers_changes_nothing_and_is_named()
     [
         ("peak_lr", float("nan"), "peak_lr=nan must be finite"),
         ("weight_decay", float("inf"), "weight_decay=inf must be finite"),
-        ("final_fraction", -5.0, "final_fraction must not be negative"),
+        ("final_fraction", -5.0, "final_fraction=-5.0 must not be negative"),
         ("warmup_steps", 2.5, "warmup_steps=2.5 must be a whole number"),
     ],
 )

@@ -62,7 +62,7 @@ def test_the_page_holds_a_picture_and_a_table_for_each_task_and_is_made_again_fr
         (["--factors", "0"], r"factors=\(0,\) must be at least 1"),
         (["--mixers", *["gla"] * 7], "7 mixers are more than the 6 that can be drawn"),
         (["--mixers", "lstm"], "'lstm' is unknown"),
-        (["--weight-decay", "-1"], "fit: .*weight_decay must not be negative"),
+        (["--weight-decay", "-1"], "fit: .*weight_decay=.* must not be negative"),
     ],
 )
 def test_nonsense_ends_in_a_sentence(options, words, capsys, tmp_path):

@@ -107,7 +107,7 @@ def test_the_kernels_neither_race_nor_read_what_was_not_written(truth):
     """In the simulator of a TPU: memory starts as NaN, copies arrive when they are waited for, tiles in any order."""
     simulator = pltpu.InterpretParams(detect_races=True, random_seed=5, out_of_bounds_reads="raise")
     inputs = sample(TWO_CHUNKS)
-    config = pallas_tpu.TpuConfig(root_size=16)  # it looks at every access to memory, and those grow with the cube
+    config = pallas_tpu.TpuConfig(root_size=32)  # it looks at every access to memory, and those grow with the cube
     found, _ = call(inputs, starts_of(DOCUMENTS), random_cotangents(inputs), config=config, interpret=simulator)
     assert_all_near(found, truth)
     assert not interpret_pallas_call.races.races_found

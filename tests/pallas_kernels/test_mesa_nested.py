@@ -27,7 +27,7 @@ STARTS = {  # of documents, among 24 tokens of a chunk of keys of size 8
 class Pack:
     """A random tile of 24 tokens in float64, and its systems written out."""
 
-    def __init__(self, starts: tuple[int, ...], gates=(0.95, 1.0), ridge: float = 0.5):
+    def __init__(self, starts: tuple[int, ...], gates=(0.95, 1.0), ridge: float = 0.5, rng=rng):
         k, roots = rng.normal(size=(24, 8)), rng.normal(size=(8, 3))
         self.starts = np.isin(np.arange(24), starts).astype(np.int32)
         self.gates = np.where(self.starts, 0.0, np.log(rng.uniform(*gates, size=24)))
@@ -154,23 +154,24 @@ def test_without_a_factor_a_tile_is_solved_as_if_there_had_been_none(kind):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16_3x"])
 def test_a_memory_of_a_few_directions_many_times_over_is_solved_no_worse_than_by_plain_steps(precision):
-    """Conditions of 1e4 to 1e6: thousands of tokens that repeat a handful of keys and are never forgotten.
+    """Conditions of 1e4 and more: thousands of tokens that repeat a handful of keys and are never forgotten.
 
-    At 1e6 what float32 leaves of a single token is a matter of luck, with a factor and without: the middle one tells.
+    Eight draws, the same whatever ran before. Of 300 at 1e6 some four leave a token that exceeds the bound, at random:
+    float32 resolves no more. There the middle one, too, has to be no worse.
     """
-    for scale in (1e2, 1e4, 1e6):
-        ours, plain = (np.array(x) for x in zip(*(_left_over(scale, precision) for _ in range(8)), strict=True))
-        if scale < 1e6:
-            assert (ours.max(axis=1) <= np.maximum(4 * plain.max(axis=1), 1e-6)).all(), scale
-        elif precision == "float32":
-            assert np.median(ours) <= np.median(plain) and np.isfinite(ours).all()
+    for scale in (1e2, 1e4, 1e6 if precision == "float32" else 1e4):
+        draws = [_left_over(scale, precision, np.random.default_rng(seed)) for seed in range(8)]
+        ours, plain = (np.array(x) for x in zip(*draws, strict=True))
+        assert (ours.max(axis=1) <= np.maximum(4 * plain.max(axis=1), 1e-6)).all(), scale
+    if precision == "float32":
+        assert np.median(ours) <= np.median(plain)
 
 
-def _left_over(scale: float, precision: str) -> tuple[np.ndarray, np.ndarray]:
+def _left_over(scale: float, precision: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Relative residuals of a tile's tokens, with a factor and by plain steps."""
-    pack, rhs = Pack((), gates=(1.0, 1.0)), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    pack = Pack((), gates=(1.0, 1.0), rng=rng)
     pack.kk = scale * np.outer(pack.k[0], pack.k[0])
-    return _solve_twice(rhs, pack.tile(jnp.float32), precision)
+    return _solve_twice(jnp.asarray(rng.normal(size=(8, 24)), jnp.float32), pack.tile(jnp.float32), precision)
 
 
 @functools.partial(jax.jit, static_argnames="precision")

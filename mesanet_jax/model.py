@@ -11,7 +11,7 @@ from mesanet_jax.config import MesaNetConfig
 from mesanet_jax.mixers import MIXERS
 from mesanet_jax.shapes import Activations, SegmentIds, Tokens
 from pallas_kernels import SolveReport
-from pallas_kernels.mesa_chunk.contract import check_segment_ids
+from pallas_kernels.mesa_chunk.contract import check_array, check_segment_ids
 
 Watched = TypeVar("Watched")
 
@@ -158,8 +158,7 @@ def by_layer(watched, kind: type[Watched]) -> Watched | None:
 
 
 def _check(tokens, segment_ids) -> None:
-    if not hasattr(tokens, "dtype"):
-        raise TypeError(f"MesaNet: tokens are a {type(tokens).__name__}; pass an array.")
+    check_array("MesaNet", "tokens", tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"MesaNet: tokens have dtype {tokens.dtype}; pass integers.")
     if tokens.ndim != 2 or 0 in tokens.shape:

@@ -91,10 +91,15 @@ def check_sequences(operator: str, named: dict, *, first: str, time_axis: bool) 
 
 def _check_floating(operator: str, named: dict) -> None:
     for name, array in named.items():
-        if not hasattr(array, "dtype"):
-            raise TypeError(f"{operator}: {name} is a {type(array).__name__}; pass an array.")
+        check_array(operator, name, array)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{operator}: {name} has dtype {array.dtype}; pass a floating-point array.")
+
+
+def check_array(operator: str, name: str, array) -> None:
+    """Raises TypeError if it is no array, a list for example."""
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{operator}: {name} is a {type(array).__name__}; pass an array.")
 
 
 def check_segment_ids(operator: str, segment_ids, shape: tuple[int, ...]) -> None:
@@ -104,8 +109,7 @@ def check_segment_ids(operator: str, segment_ids, shape: tuple[int, ...]) -> Non
       TypeError: segment_ids are not integers.
       ValueError: their shape is wrong, or an id is smaller than one before it in the same row.
     """
-    if not hasattr(segment_ids, "dtype"):
-        raise TypeError(f"{operator}: segment_ids are a {type(segment_ids).__name__}; pass an array.")
+    check_array(operator, "segment_ids", segment_ids)
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"{operator}: segment_ids have dtype {segment_ids.dtype}; pass integers.")
     if segment_ids.shape != shape:

@@ -251,7 +251,7 @@ def test_no_solver_steps_leave_gated_linear_attention():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda m, p: m.apply(p, [[0, 1]]), TypeError, "tokens are a list; pass an array"),
+        (lambda m, p: m.apply(p, [[0, 1]]), TypeError, "tokens is a list; pass an array"),
         (lambda m, p: m.apply(p, jnp.zeros((2, 3))), TypeError, "tokens have dtype float32; pass integers"),
         (lambda m, p: m.apply(p, jnp.zeros((3,), jnp.int32)), ValueError, r"tokens have shape \(3,\)"),
         (lambda m, p: m.apply(p, jnp.zeros((3, 0), jnp.int32)), ValueError, "at least one token"),

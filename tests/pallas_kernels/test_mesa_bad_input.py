@@ -52,7 +52,7 @@ SHARED = {
     ),
 }
 ONLY_CHUNK = {
-    "ids in a list": (dict(segment_ids=[[0] * 4] * 2), TypeError, "segment_ids are a list; pass an array."),
+    "ids in a list": (dict(segment_ids=[[0] * 4] * 2), TypeError, "segment_ids is a list; pass an array."),
     "ids of floats": (dict(segment_ids=jnp.zeros((2, 4))), TypeError, "segment_ids have dtype float32; pass integers."),
     "shape of ids": (
         dict(segment_ids=jnp.zeros(4, int)),

@@ -30,8 +30,10 @@ class SamplingConfig:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"SamplingConfig: temperature={self.temperature} must be 0, which is greedy, or more.")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(
+                f"SamplingConfig: temperature={self.temperature} must be a number from 0, which is greedy."
+            )
+        if not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
             raise ValueError(f"SamplingConfig: top_k={self.top_k} must be a whole number; 0 means all tokens.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"SamplingConfig: top_p={self.top_p} must lie in (0, 1]; 1 means all tokens.")
@@ -96,7 +98,7 @@ def generate_with_report(
 def _generate(model: MesaNet, params, prompt, num_tokens: int, key, sampling, solver, stop_token, *, watched: bool):
     """Checks, and compiles for a cache of the length needed."""
     prompt, vocab_size = jnp.asarray(prompt), model.config.vocab_size
-    if num_tokens < 1 or num_tokens != int(num_tokens):
+    if not isinstance(num_tokens, int | np.integer) or num_tokens < 1:
         raise ValueError(f"generate: num_tokens={num_tokens} must be a whole number of at least 1.")
     if stop_token is not None and not 0 <= stop_token < vocab_size:
         raise ValueError(f"generate: stop_token={stop_token} is no token of a model that knows {vocab_size}.")

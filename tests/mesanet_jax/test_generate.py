@@ -1,6 +1,7 @@
 """Sampling: what is drawn, from what, and at what price."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -137,12 +138,14 @@ def generate_badly(prompt=((0, 0),), **choices):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: SamplingConfig(temperature=-1), "temperature=-1 must be 0"),
-        (lambda: SamplingConfig(temperature=float("nan")), "temperature=nan must be 0"),
+        (lambda: SamplingConfig(temperature=-1), "temperature=-1 must be a number; 0 is greedy"),
+        (lambda: SamplingConfig(temperature=float("nan")), "temperature=nan must be a number; 0 is greedy"),
         (lambda: SamplingConfig(top_k=-1), "top_k=-1 must be a whole number"),
         (lambda: SamplingConfig(top_k=2.5), "top_k=2.5 must be a whole number"),
+        (lambda: SamplingConfig(top_k=math.inf), "top_k=inf must be a whole number"),
         (lambda: SamplingConfig(top_p=0), "top_p=0 must lie in"),
         (lambda: generate_badly(num_tokens=0), "num_tokens=0 must be a whole number of at least 1"),
+        (lambda: generate_badly(num_tokens=2.0), "num_tokens=2.0 must be a whole number of at least 1"),
         (lambda: generate_badly([[]]), "prompt has shape"),
         (lambda: generate_badly([[0, 99]]), "the prompt holds token 99; the model knows 0 to"),
         (lambda: generate_badly([[-1, 0], [0, -1]]), "row 1 of the prompt ends with padding; pad on the left"),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -57,13 +58,7 @@ def fit_budget(
     tile = jax.tree.map(lambda x: x[np.arange(TILE) % len(x)], inputs)
 
     def measure(candidate: RerouteConfig) -> float:
-        def once():
-            start = time.perf_counter()
-            reroute(model, params, memory, tile, candidate, embedder=embedder)
-            return time.perf_counter() - start
-
-        once()  # compiles
-        return float(np.quantile([once() for _ in range(rounds)], 0.95))
+        return _seconds(lambda: reroute(model, params, memory, tile, candidate, embedder=embedder), rounds)
 
     none, many = measure(_with_steps(config, 0)), measure(_with_steps(config, PROBE_STEPS))
     step = max(many - none, 0) / PROBE_STEPS
@@ -78,6 +73,18 @@ def fit_budget(
         if (expected := measure(candidate)) <= budget:
             break
     return Plan(candidate, none, step, expected)
+
+
+def _seconds(run: Callable[[], object], rounds: int) -> float:
+    """Returns the 95th percentile of what it takes once it is compiled."""
+
+    def once():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    once()
+    return float(np.quantile([once() for _ in range(rounds)], 0.95))
 
 
 def _with_steps(config: RerouteConfig, steps: int) -> RerouteConfig:

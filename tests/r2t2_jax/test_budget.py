@@ -1,5 +1,6 @@
 """A latency budget is kept by taking fewer steps, then by a cheaper strategy; times come from a clock we turn."""
 
+import functools
 import time
 
 import pytest
@@ -26,7 +27,7 @@ def planned(monkeypatch):
     monkeypatch.setattr(budget, "reroute", reroute)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     memory = prepare(references(), CONFIG)[0]
-    return lambda milliseconds: budget.fit_budget(AFFINE, PARAMS, memory, inputs(5, seed=1), CONFIG, milliseconds)
+    return functools.partial(budget.fit_budget, AFFINE, PARAMS, memory, inputs(5, seed=1), CONFIG)
 
 
 def test_a_wide_budget_leaves_everything_as_it_was(planned):
@@ -49,6 +50,11 @@ def test_where_nothing_fits_the_frozen_router_answers(planned):
     plan = planned(1.0)
     assert plan.config.strategy == "router"
     assert plan.expected > 0.001
+
+
+def test_nothing_to_measure_is_refused(planned):
+    with pytest.raises(ValueError, match="give at least one input and one round to measure"):
+        planned(1.0, rounds=0)
 
 
 @pytest.mark.parametrize("milliseconds", [0.0, -1.0, float("nan"), float("inf")])

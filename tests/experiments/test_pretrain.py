@@ -245,6 +245,7 @@ def test_what_does_not_change_the_numbers_may_change_on_going_on(corpus, finishe
         ),
         (["--seed", "99999999999999999999"], "seed=99999999999999999999 must lie between 0 and"),
         (["--data.seed", "-1"], "seed=-1 must lie between 0 and"),
+        (["--eval-every", "-1"], "eval_every=-1 is negative; 0 evaluates only at the end"),
         (["--model.logit-cap", "-1"], "logit_cap must not be negative, norm_eps and rope_base must be positive"),
         (["--model.pattern", "mamba"], "mamba"),
         (["--model.solver.tolerance", "2"], r"tolerance=2.0 is outside \[0, 1\)"),

@@ -30,9 +30,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"SamplingConfig: temperature={self.temperature} must be a number from 0, which is greedy."
-            )
+            raise ValueError(f"SamplingConfig: temperature={self.temperature} must be finite and at least 0, greedy.")
         if not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
             raise ValueError(f"SamplingConfig: top_k={self.top_k} must be a whole number; 0 means all tokens.")
         if not 0 < self.top_p <= 1:

@@ -138,8 +138,8 @@ def generate_badly(prompt=((0, 0),), **choices):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: SamplingConfig(temperature=-1), "temperature=-1 must be a number; 0 is greedy"),
-        (lambda: SamplingConfig(temperature=float("nan")), "temperature=nan must be a number; 0 is greedy"),
+        (lambda: SamplingConfig(temperature=-1), "temperature=-1 must be finite and at least 0"),
+        (lambda: SamplingConfig(temperature=float("nan")), "temperature=nan must be finite and at least 0"),
         (lambda: SamplingConfig(top_k=-1), "top_k=-1 must be a whole number"),
         (lambda: SamplingConfig(top_k=2.5), "top_k=2.5 must be a whole number"),
         (lambda: SamplingConfig(top_k=math.inf), "top_k=inf must be a whole number"),

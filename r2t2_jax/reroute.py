@@ -83,10 +83,14 @@ def reroute(
       Decisions as host arrays. Whatever is not finite in a proposal gives way to the frozen model's own answer.
 
     Raises:
-      ValueError: inputs are empty, arrays differ in length, the embedding has another width than the references', or
-        the oracle gets no labels.
+      TypeError: inputs hold something else than arrays, or labels are not an array of integers.
+      ValueError: inputs are empty, arrays differ in length, the embedding has another width than the references', the
+        oracle gets no labels, or a label is no answer.
     """
+    _check_kinds(inputs, labels)
     num = _count(inputs, labels)
+    if labels is not None:
+        _check_labels(np.asarray(labels), len(model.answers))
     program = _program(model, config, STRATEGIES[config.strategy], embedder, active)
     check_width(model, params, memory, inputs, embedder)
     parts = []
@@ -95,6 +99,31 @@ def reroute(
         tile, given = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), (inputs, labels))
         parts.append(jax.device_get(program(params, memory, tile, given)))
     return jax.tree.map(lambda *tiles: np.concatenate(tiles)[:num], *parts)
+
+
+def _check_kinds(inputs: Inputs, labels: Labels | None) -> None:
+    for leaf in jax.tree.leaves(inputs):
+        if not getattr(leaf, "ndim", 0):
+            raise TypeError(
+                f"reroute: inputs hold a {type(leaf).__name__} without rows; pass a tree of arrays, one row per input."
+            )
+    if labels is None:
+        return
+    if not hasattr(labels, "dtype"):
+        raise TypeError(f"reroute: labels is a {type(labels).__name__}; pass an array.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"reroute: labels has dtype {labels.dtype}; pass integers.")
+    if labels.ndim != 1:
+        raise ValueError(f"reroute: labels has shape {labels.shape}; give one label per input.")
+
+
+def _check_labels(labels: np.ndarray, num_answers: int) -> None:
+    """Refuses what is no answer; within the compiled program nobody would notice."""
+    wrong = (labels < 0) | (labels >= num_answers)
+    if wrong.any():
+        raise ValueError(
+            f"reroute: labels has {labels[wrong][0]}; with {num_answers} answers it must be 0 to {num_answers - 1}."
+        )
 
 
 def _count(inputs: Inputs, labels: Labels | None) -> int:

@@ -251,6 +251,28 @@ def test_what_cannot_be_answered_is_refused():
         answer(GIVEN, embedder=narrow)
 
 
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        ([0] * len(GIVEN["x"]), TypeError, "reroute: labels is a list; pass an array."),
+        (np.zeros(len(GIVEN["x"])), TypeError, "reroute: labels has dtype float64; pass integers."),
+        (np.zeros(GIVEN["x"].shape, int), ValueError, "reroute: labels has shape (300, 6); give one label per input."),
+        (np.full(len(GIVEN["x"]), 4), ValueError, "reroute: labels has 4; with 4 answers it must be 0 to 3."),
+        (np.full(len(GIVEN["x"]), -1), ValueError, "reroute: labels has -1; with 4 answers it must be 0 to 3."),
+    ],
+)
+def test_labels_that_are_none_are_refused(labels, error, words):
+    with pytest.raises(error) as caught:
+        answer(GIVEN, RerouteConfig(strategy="oracle", neighbors=NEIGHBORS), labels=labels)
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(("x", "kind"), [([[0.0] * 6] * 3, "float"), (np.float32(0), "float32")])
+def test_inputs_without_rows_are_refused(x, kind):
+    with pytest.raises(TypeError, match=f"reroute: inputs hold a {kind} without rows; pass a tree of arrays"):
+        answer({"x": x})
+
+
 def test_groups_are_kept_apart():
     for routing in (decided().routing, decided().proposed):
         np.testing.assert_allclose(routing[:, : GROUPS[0]].sum(1), 1, rtol=tolerances.LAW["float32"])

@@ -47,6 +47,8 @@ class Ledger:
         """Opens or creates the file.
 
         Raises:
+          FileNotFoundError: its folder does not exist.
+          IsADirectoryError: the path is a folder.
           ValueError: it is no ledger, one of another format, damaged at its end, or open in another process.
         """
         self._path = Path(path).resolve()
@@ -170,6 +172,8 @@ def read(path: Path | str) -> list[Record]:
     """Returns the records with their sequence; of one that was redacted, only sequence and when it was.
 
     Raises:
+      FileNotFoundError: there is no such file.
+      IsADirectoryError: the path is a folder.
       ValueError: the file is no ledger, or a line cannot be read.
     """
     path = Path(path)
@@ -185,6 +189,8 @@ def verify(path: Path | str, head: Head | None = None) -> Head:
       Its last line.
 
     Raises:
+      FileNotFoundError: there is no such file.
+      IsADirectoryError: the path is a folder.
       ValueError: the message names the first line that is broken, or says that the head is missing.
     """
     path, last, passed = Path(path), Head(-1, ""), head is None

@@ -305,3 +305,14 @@ def test_a_crash_while_deleting_leaves_the_ledger_as_it_was(path, monkeypatch):
         assert path.read_bytes() == before
         ledger.append(recorded()[:1])
     assert verify(path).sequence == 7
+
+
+def test_what_is_no_file_is_named_as_by_the_system(tmp_path):
+    for use in (read, verify):
+        with pytest.raises(FileNotFoundError, match="none"):
+            use(tmp_path / "none")
+    for use in (read, verify, Ledger):
+        with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+            use(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        Ledger(tmp_path / "no folder" / "ledger.jsonl")

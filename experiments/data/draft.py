@@ -81,10 +81,12 @@ def find_draft(folder: Path, settings: Settings) -> Draft:
     """Returns what an earlier build left, or an empty draft; writes nothing.
 
     Raises:
-      UserError: the folder holds something else, or what was begun with other settings.
+      UserError: it is a file, holds something else, or holds what was begun with other settings.
     """
     if not (folder / DRAFT).is_file():
-        if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= LEFT_BEHIND):
+        if folder.is_file():
+            raise UserError(f"output: {folder} is a file; give a new folder.")
+        if folder.exists() and not {p.name for p in folder.iterdir()} <= LEFT_BEHIND:
             raise UserError(f"output: {folder} is not empty and holds no shards; give a new folder.")
         return Draft(Index(settings=settings))
     draft = _read(folder)

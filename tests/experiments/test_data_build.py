@@ -149,7 +149,7 @@ def test_a_finished_folder_is_left_alone(text, tmp_path, capsys):
 def test_what_is_no_folder_of_shards_is_not_touched(text, tmp_path):
     with pytest.raises(UserError, match=r"output: .*text is not empty and holds no shards; give a new folder"):
         build(config_for(text, text))
-    with pytest.raises(UserError, match=r"output: .*0.txt is not empty and holds no shards"):
+    with pytest.raises(UserError, match=r"output: .*0.txt is a file; give a new folder"):
         build(config_for(text, text / "0.txt"))
     assert len(content(text)) == 60
 

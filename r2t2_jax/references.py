@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from r2t2_jax.coverage import farthest_first, first_of_each, standardise
 from r2t2_jax.fingerprint import fingerprint
 from r2t2_jax.models.contract import FrozenModel
-from r2t2_jax.reference_checks import METADATA, canonical, check, check_same_kind, flat_arrays, shown, some
+from r2t2_jax.reference_checks import METADATA, canonical, check, check_same_kind, flat_arrays, names, shown, some
 from r2t2_jax.shapes import Readout
 
 
@@ -140,6 +140,7 @@ class ReferenceSet:
         """Returns the set without the references of these ids.
 
         Raises:
+          TypeError: ids are not a sequence of strings; one id alone is none.
           ValueError: an id is unknown, or nothing would be left.
         """
         return self._without("ids", ids)
@@ -148,12 +149,13 @@ class ReferenceSet:
         """Returns the set without all that was made from these sources.
 
         Raises:
+          TypeError: sources are not a sequence of strings; one source alone is none.
           ValueError: a source is unknown, or nothing would be left.
         """
         return self._without("sources", sources)
 
     def _without(self, field: str, unwanted: Sequence[str]) -> "ReferenceSet":
-        have, gone = getattr(self, field).tolist(), set(unwanted)
+        have, gone = getattr(self, field).tolist(), set(names(field, unwanted).tolist())
         if unknown := sorted(gone - set(have)):
             raise ValueError(f"references: {some(unknown)} is not among the {field}; nothing was removed.")
         return self.select(np.array([name not in gone for name in have]))

@@ -191,6 +191,10 @@ def test_unknown_ids_and_sources_are_named_and_nothing_is_removed():
         GOOD.remove(["r1", "x"])
     with pytest.raises(ValueError, match="'image9' is not among the sources"):
         GOOD.drop_sources(["image9"])
+    with pytest.raises(TypeError, match="references: ids must be a sequence of strings"):
+        GOOD.remove("r1")
+    with pytest.raises(TypeError, match="references: sources must be a sequence of strings"):
+        GOOD.drop_sources("r-image1")
 
 
 def test_a_source_is_dropped_with_all_that_was_made_from_it():

@@ -28,10 +28,21 @@ def solver_range(reports: Iterable[SolveReport]) -> SolverRange:
     """Returns the range of reports [l, b, t, h] of `apply_with_report` on held-out text; padding does not count.
 
     Raises:
-      ValueError: there are no reports, or too few tokens to say where the last thousandth begins.
+      TypeError: reports are no sequence of them.
+      ValueError: there are no reports, too few tokens to say where the last thousandth begins, or residuals that are
+        not finite.
     """
+    if isinstance(reports, SolveReport):  # it is a tuple, too
+        raise TypeError("solver_range: reports is a SolveReport; pass a sequence of them.")
     reports = [report for report in reports if report is not None]
+    for report in reports:
+        if not isinstance(report, SolveReport):
+            raise TypeError(f"solver_range: reports hold a {type(report).__name__}; pass SolveReports.")
     steps, residual, solved = _by_head(reports) if reports else (np.zeros((1, 1, 0)),) * 3
+    if spoilt := np.sum(~np.isfinite(residual)):
+        raise ValueError(
+            f"solver_range: {spoilt} residuals are not finite; take the range of a model whose solves all are."
+        )
     fewest = int(solved.sum(axis=-1).min())
     if fewest < 1 / BEYOND:
         raise ValueError(f"solver_range: {fewest} tokens were solved; give reports of {round(1 / BEYOND)} at least.")

@@ -88,3 +88,13 @@ def test_reports_of_another_model_and_too_few_tokens_are_refused():
         solver_range([made_up(0, rows=1, length=30)])
     with pytest.raises(ValueError, match="0 tokens were solved"):
         solver_range([None])
+
+
+def test_a_range_is_taken_of_reports_alone_and_of_finite_residuals():
+    with pytest.raises(TypeError, match="solver_range: reports is a SolveReport; pass a sequence of them"):
+        solver_range(made_up(0))
+    with pytest.raises(TypeError, match="solver_range: reports hold a tuple; pass SolveReports"):
+        solver_range([tuple(made_up(0))])
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="solver_range: 2048 residuals are not finite; take the range of a model"):
+            solver_range([made_up(0), made_up(1, residual=bad)])

@@ -17,6 +17,7 @@ from experiments.cli import UserError
 from experiments.data.config import STANDARD_LIBRARY, Origin
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+OTHER_FORMATS = {".txt", ".md", ".csv", ".arrow", ".gz", ".zst"}  # by which a path is told from a dataset's name
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before each attempt to go on reading from the Hub
 
@@ -65,7 +66,17 @@ def _files(origin: Origin) -> list[_File]:
         return list(_standard_library())
     if Path(origin.source).exists():
         return list(_local(Path(origin.source), origin.text_field))
+    if _is_path(origin.source):  # the Hub would be asked time and again, where there is no network for half a minute
+        raise UserError(
+            f"data.source: {origin.source} is no readable file or folder and no dataset's name; correct the path."
+        )
     return list(_hugging_face(origin))
+
+
+def _is_path(source: str) -> bool:
+    """True for what cannot be meant as the name of a dataset, which is a word or OWNER/WORD."""
+    local = source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1
+    return local or Path(source).suffix in {*FILE_FORMATS, *OTHER_FORMATS}
 
 
 def _standard_library() -> Iterator[_File]:

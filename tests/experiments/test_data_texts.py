@@ -127,3 +127,20 @@ def test_a_broken_file_ends_in_a_sentence(tmp_path):
     for name in ("broken.jsonl", "broken.parquet"):
         with pytest.raises(UserError, match=rf"data.source: .*{name} is no readable file"):
             list(read_texts(Origin(str(tmp_path / name))))
+
+
+PATHS = ["/no/such", "./corpus", "../corpus", "~/corpus", "no/such/place", "corpus/", "corpus.jsonl", "some/a.txt"]
+
+
+@pytest.mark.parametrize("source", PATHS)
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(monkeypatch, source):
+    monkeypatch.setattr(texts_module, "_open", lambda *args, **choices: pytest.fail("the Hub was asked"))
+    with pytest.raises(UserError, match=f"data.source: {source} is no readable file or folder and no dataset's name; "):
+        list(read_texts(Origin(source)))
+
+
+@pytest.mark.parametrize("source", ["wikitext", "someone/texts", "someone/texts.v1"])
+def test_what_may_be_a_dataset_is_looked_for_on_the_hub(monkeypatch, source):
+    monkeypatch.setattr(texts_module, "_open", lambda asked, *args, **choices: 1 / (asked != source))
+    with pytest.raises(ZeroDivisionError):
+        list(read_texts(Origin(source)))

@@ -1,6 +1,8 @@
 """The training command with one part that takes long, or that writes down what it reads; the numbers stay the same.
 
 python -m experiments.reliability.slowed data MARK ...          options of experiments.mesanet.pretrain follow
+python -m experiments.reliability.slowed evaluation MARK ...
+python -m experiments.reliability.slowed save MARK ...
 python -m experiments.reliability.slowed rows RECORD ...
 
 MARK is created when the slow part begins; RECORD gets a line for each row of the data that this process reads.
@@ -12,11 +14,12 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments import cli, loop
 from experiments.checkpoints.saver import Saver
+from experiments.cli import UserError
 from experiments.feed import Feed
 from experiments.mesanet.pretrain import PRESETS, main
 
@@ -60,6 +63,18 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "rows": _record,
 }
 
+
+def start(args: Sequence[str]) -> None:
+    """Slows what the first word names, then trains with the options that follow the second."""
+    if args[:1] in (["-h"], ["--help"]):
+        return print(__doc__)
+    if len(args) < 2 or args[0] not in PLACES:
+        words = f"error: name what is slowed, one of {', '.join(PLACES)}, and a file; --help says more."
+        print(words, file=sys.stderr)
+        sys.exit(UserError.status)
+    PLACES[args[0]](Path(args[1]))
+    cli.run_preset(main, PRESETS, default="tiny", args=args[2:])
+
+
 if __name__ == "__main__":
-    PLACES[sys.argv[1]](Path(sys.argv[2]))
-    cli.run_preset(main, PRESETS, default="tiny", args=sys.argv[3:])
+    start(sys.argv[1:])

@@ -176,6 +176,16 @@ def test_recorded_rows_are_the_rows(tmp_path):
     assert [number for number, _ in lines] == [1, 0] and lines[0][1] != lines[1][1]
 
 
+def test_the_slowed_command_says_what_it_takes(capsys):
+    slowed.start(["--help"])
+    assert "options of experiments.mesanet.pretrain follow" in capsys.readouterr().out
+    for args in ([], ["data"], ["date", "mark"]):
+        with pytest.raises(SystemExit) as left:
+            slowed.start(args)
+        complaint = "error: name what is slowed, one of data, evaluation, save, rows, and a file; --help says more.\n"
+        assert left.value.code == 2 and capsys.readouterr().err == complaint
+
+
 class Made(NamedTuple):
     """A result that was made up."""
 

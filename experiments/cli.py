@@ -55,6 +55,35 @@ def start_anew(output: Path) -> None:
         raise UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.") from None
 
 
+def check_page(field: str, page: Path, mark: str) -> None:
+    """Refuses to replace what is no earlier page of a command; asked before any work is done.
+
+    Args:
+      field: that names the page.
+      page: where it is to be written.
+      mark: words that every page of the command holds, and nothing else.
+
+    Raises:
+      UserError: something else is there.
+    """
+    try:
+        ours = not page.exists() or is_page(page, mark)
+    except OSError as error:
+        raise unwritable(field, page, error) from None
+    if not ours:
+        raise UserError(f"{field}: {page} is no page of this command; give a new file.")
+
+
+def is_page(page: Path, mark: str) -> bool:
+    """Returns whether a file holds the mark."""
+    return mark in page.read_text(encoding="utf-8", errors="replace")
+
+
+def unwritable(field: str, page: Path, error: OSError) -> UserError:
+    """Says that the page of a field cannot be written."""
+    return UserError(f"{field}: {page} cannot be written ({error.strerror}); give another file.")
+
+
 def _guarded(call: Callable[[], object]) -> None:
     """Turns mistakes into a sentence and an exit status, mostly 2; everything else keeps its traceback."""
     try:

@@ -87,24 +87,10 @@ class Reading(NamedTuple):
     weights: np.ndarray  # [l, h, t, t + 1] of BOS and all tokens, for the prediction of token t
 
 
-def _unwritable(output: Path, error: OSError) -> UserError:
-    return UserError(f"output: {output} cannot be written ({error.strerror}); give another file.")
-
-
-def _check_output(output: Path) -> None:
-    """Refuses to replace what is no earlier page."""
-    try:
-        ours = not output.exists() or COMMAND in output.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise _unwritable(output, error) from None
-    if not ours:
-        raise UserError(f"output: {output} is no page of this command; give a new file.")
-
-
 def main(config: ExplainConfig) -> None:
     """Reads the text and writes the page."""
     output = Path(config.output) if config.output else config.run / "explain.html"
-    _check_output(output)
+    cli.check_page("output", output, COMMAND)
     run = open_run(config.run)
     if "mesa" not in run.config.model.pattern:
         raise UserError(f"run: {config.run} has no mesa layer; name a run that has one.")
@@ -121,7 +107,7 @@ def main(config: ExplainConfig) -> None:
     try:
         output.write_text(write(run.name, other.name if other else "", reading, chosen, config.top, facts))
     except OSError as error:
-        raise _unwritable(output, error) from None
+        raise cli.unwritable("output", output, error) from None
     print("\n".join(findings(run.name, other.name if other else "", reading)) + f"\n\npage: {output}")
 
 

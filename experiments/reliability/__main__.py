@@ -18,7 +18,7 @@ from experiments import cli
 from experiments.cli import UserError
 from experiments.reliability import disks, elastic, kills, poisons, restores, several_hosts, terminations
 from experiments.reliability.config import ALL, ReliabilityConfig, TrialName
-from experiments.reliability.page import Outcome, page
+from experiments.reliability.page import MARK, Outcome, page
 
 
 class Found(Protocol):
@@ -87,9 +87,12 @@ TRIALS: dict[TrialName, Trial] = {
 
 def main(config: ReliabilityConfig) -> None:
     """Runs the trials, prints what came of each, and writes the page if it was all of them."""
+    whole = set(config.trials) == set(ALL)
+    if whole:
+        cli.check_page("page", config.page, MARK)
     scratch = _scratch(config)
     outcomes = [_outcome(config, scratch, name) for name in config.trials]
-    if set(config.trials) == set(ALL):
+    if whole:
         config.page.write_text(page(outcomes), encoding="utf-8")
         print(f"page: {config.page}")
     broken = [outcome.name for outcome in outcomes if outcome.failures]

@@ -21,7 +21,7 @@ class ReliabilityConfig:
       full_disks: times that a disk fills up under a run.
       seed: of all moments and choices.
       output: folder to work in, which a trial that fails keeps; empty takes a temporary one.
-      page: where the results are written.
+      page: where the results are written; an earlier page is replaced, nothing else.
     """
 
     trials: tuple[TrialName, ...] = ALL

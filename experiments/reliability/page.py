@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 COMMAND = "python -m experiments.reliability"
+MARK = f"`{COMMAND}`, which writes"  # by which these pages know each other
 
 INTRODUCTION = """\
 A training run that is interrupted, in whatever way, goes on as if nothing had happened: the same command computes the
@@ -47,9 +48,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
     rows = [f"| {x.promise} | {x.how} | {_result(x)} | `{COMMAND} --trials {x.name}` |" for x in outcomes]
     table = ["| promise | how it is tried | result | command |", "|---|---|---|---|", *rows]
     minutes = sum(x.seconds for x in outcomes) / 60
-    measured = (
-        f"Measured on {_today()} at {_commit()}, on {_machine()}, in {minutes:.0f} minutes by `{COMMAND}`, which writes"
-    )
+    measured = f"Measured on {_today()} at {_commit()}, on {_machine()}, in {minutes:.0f} minutes by {MARK}"
     return "\n".join(
         [
             "# Reliability",

@@ -216,6 +216,24 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path, capsys):
     assert left.value.code == 2 and "is not empty; give a new folder" in capsys.readouterr().err
 
 
+def test_only_an_earlier_page_is_replaced(monkeypatch, tmp_path, capsys):
+    held = {name: command.Trial(lambda *_: Made([]), "promise", "how") for name in ALL}
+    tried = {name: command.Trial(lambda *_: pytest.fail("work was done"), "promise", "how") for name in ALL}
+    notes, own = tmp_path / "notes.md", tmp_path / "page.md"
+    notes.write_text("mine")
+    monkeypatch.setattr(command, "TRIALS", tried)
+    with pytest.raises(SystemExit) as left:
+        cli.run(command.main, ReliabilityConfig, ["--page", str(notes)])
+    assert left.value.code == 2 and notes.read_text() == "mine"
+    assert f"page: {notes} is no page of this command; give a new file." in capsys.readouterr().err
+    monkeypatch.setattr(command, "TRIALS", held)
+    for promise in ("promise", "vow"):
+        held |= {"kills": command.Trial(lambda *_: Made([]), promise, "how")}
+        monkeypatch.setattr(command, "TRIALS", held)
+        command.main(ReliabilityConfig(page=own))
+    assert "| vow |" in own.read_text()
+
+
 def test_nothing_to_try_is_refused():
     with pytest.raises(ValueError, match="kills=0 must be at least 1"):
         ReliabilityConfig(kills=0)

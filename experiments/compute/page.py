@@ -15,6 +15,8 @@ from experiments.pictures import inline_svg, save_figure
 from experiments.webpage import Drawing, Table, page
 from mesanet_jax.model import num_parameters
 
+MARK = "What compute buys"  # by which these pages know each other
+
 
 def write_page(folder: Path, measured: Measured, bands: Bands, notes: Sequence[str], facts: dict[str, str]) -> None:
     """Writes report.html and beside it the pictures and the numbers behind them.
@@ -38,7 +40,7 @@ def write_page(folder: Path, measured: Measured, bands: Bands, notes: Sequence[s
         heads_table(measured),
     ]
     text = page(
-        f"What compute buys {run.name}",
+        f"{MARK} {run.name}",
         f"{len(read.documents):,} held-out documents, up to {read.length:,} tokens; {len(measured.bought)} settings",
         findings(measured),
         blocks,

@@ -13,11 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from experiments import cli
 from experiments.cli import UserError
 from experiments.curves.scores import Watch
 from experiments.data import Document, held_out_documents
 from experiments.runs import Run, open_run
 from mesanet_jax import MesaNetConfig
+
+DRAFT = ".draft-"  # what a page is called until it is whole; one that was killed leaves it behind
 
 
 class Material(NamedTuple):
@@ -110,6 +113,25 @@ def stretched(run: Run, length: int) -> MesaNetConfig:
     return dataclasses.replace(model, max_context=max(model.max_context, length))
 
 
+def check_output(output: Path, mark: str) -> None:
+    """Refuses a folder with something in it and no earlier page among that; asked before any work is done.
+
+    Args:
+      output: folder that a page and its files are to be written into.
+      mark: words that every page of the command holds, and nothing else.
+
+    Raises:
+      UserError: it holds something else, or cannot be read.
+    """
+    try:
+        held = {path.name for path in output.iterdir() if not path.name.startswith(DRAFT)} if output.exists() else ()
+        ours = not held or ("report.html" in held and cli.is_page(output / "report.html", mark))
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    if not ours:
+        raise UserError(f"output: {output} is not empty and holds no earlier page of this command; give a new folder.")
+
+
 @contextlib.contextmanager
 def drafted(output: Path) -> Iterator[Path]:
     """Makes an empty folder whose files replace those of the output when the block ends well; else nothing changes.
@@ -119,9 +141,9 @@ def drafted(output: Path) -> Iterator[Path]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        draft = tempfile.TemporaryDirectory(dir=output, prefix=".draft-")
+        draft = tempfile.TemporaryDirectory(dir=output, prefix=DRAFT)
     except OSError as error:
-        raise UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.") from None
+        raise _unwritable(output, error) from None
     with draft as folder:
         yield Path(folder)
         for path in sorted(Path(folder).iterdir()):
@@ -139,6 +161,10 @@ def room_in(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"output: {output} has no room ({error.strerror}); what it held is untouched.") from None
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.")
 
 
 def _same_tokens(documents: Sequence[list[Document]]) -> bool:

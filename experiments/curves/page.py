@@ -16,6 +16,8 @@ from experiments.runs import Run
 from experiments.webpage import Drawing, Table, page
 from mesanet_jax.model import num_parameters
 
+MARK = "Next-token log-likelihood of"  # by which these pages know each other
+
 
 class Results(NamedTuple):
     """Everything that was measured."""
@@ -60,9 +62,7 @@ def write_page(
     title = f"{first} against {', '.join(others)}, position by position" if others else f"{first}, position by position"
     source = " + ".join(runs[first].config.data.source)
     documents = f"{len(results.scores[first].names):,} held-out documents of {source}"
-    subtitle = (
-        f"Next-token log-likelihood of {documents}, up to {results.grid.edges[-1]:,} {results.grid.axis} of context"
-    )
+    subtitle = f"{MARK} {documents}, up to {results.grid.edges[-1]:,} {results.grid.axis} of context"
     notes = [*notes, *_explanations(runs, results, bands)]
     text = page(title, subtitle, _findings(runs, results, bands), blocks, notes, facts)
     (folder / "report.html").write_text(text, encoding="utf-8")

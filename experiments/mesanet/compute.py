@@ -18,11 +18,11 @@ import tyro
 from experiments import cli
 from experiments.cli import UserError
 from experiments.compute.measure import efforts, heads, texts
-from experiments.compute.page import findings, write_page
+from experiments.compute.page import MARK, findings, write_page
 from experiments.compute.worth import Measured, choose, weigh
 from experiments.curves import solver
 from experiments.curves.bands import Bands
-from experiments.curves.material import Progress, drafted, gather, open_runs, room_in
+from experiments.curves.material import Progress, check_output, drafted, gather, open_runs, room_in
 from experiments.pictures import COLORS
 from experiments.webpage import provenance
 from pallas_kernels.mesa_chunk.solver import MOST_STEPS
@@ -34,7 +34,8 @@ class ComputeConfig:
 
     Attributes:
       runs: folders of trained runs with one tokenizer; the first has mesa layers, the others are points of comparison.
-      output: folder of the page and its files; empty means "compute" in the folder of the first run.
+      output: folder of the page and its files, new or with an earlier page in it; empty means "compute" in the folder
+        of the first run.
       step_budgets: solver steps to spend on every token.
       tolerances: relative residuals to stop at, within the run's own budget.
       bearable: extra loss in nats per token that the chosen tolerance may cost.
@@ -76,13 +77,14 @@ class ComputeConfig:
 
 def main(config: ComputeConfig) -> None:
     """Tries the settings, writes the page, prints what it says."""
+    output = Path(config.output or config.runs[0] / "compute")
+    check_output(output, MARK)
     runs = open_runs(config.runs)
     (name, run), *_ = runs.items()
     if not solver.has_solver(run.config.model):
         raise UserError(f"runs: {name} has no mesa layer; name a run that has one first.")
     draw = {"length": config.length, "num_documents": config.num_documents, "seed": config.seed}
     material = gather(runs, **draw, any_tokens=False)
-    output = Path(config.output or config.runs[0] / "compute")
     tried = {"step_budgets": config.step_budgets, "tolerances": config.tolerances}
     with drafted(output) as draft:
         read, bands = texts(run, material.documents[name], material.length), Bands(config.bands, seed=config.seed)

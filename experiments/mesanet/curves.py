@@ -20,8 +20,8 @@ from experiments import cli
 from experiments.cli import UserError
 from experiments.curves import solver
 from experiments.curves.bands import Bands, Grid, log_edges, shared_text
-from experiments.curves.material import Material, Progress, drafted, gather, open_runs, room_in, stretched
-from experiments.curves.page import Results, runs_table, write_page
+from experiments.curves.material import Material, Progress, check_output, drafted, gather, open_runs, room_in, stretched
+from experiments.curves.page import MARK, Results, runs_table, write_page
 from experiments.curves.scores import Scores, score
 from experiments.mesh import compiler_options
 from experiments.pictures import COLORS
@@ -37,7 +37,8 @@ class CurvesConfig:
 
     Attributes:
       runs: folders of trained runs; the first is compared with each of the others.
-      output: folder of the page and its files; empty means "curves" in the folder of the first run.
+      output: folder of the page and its files, new or with an earlier page in it; empty means "curves" in the folder of
+        the first run.
       length: tokens read of each document; 0 means twice the trained length, or the longest document if that is less.
       num_documents: held-out documents, drawn at random; 0 takes all.
       batch_size: documents the model reads at once.
@@ -78,10 +79,11 @@ class CurvesConfig:
 
 def main(config: CurvesConfig) -> None:
     """Scores the runs, writes the page, prints one table and what was drawn."""
+    output = Path(config.output or config.runs[0] / "curves")
+    check_output(output, MARK)
     runs = open_runs(config.runs)
     draw = {"length": config.length, "num_documents": config.num_documents, "seed": config.seed}
     material = gather(runs, **draw, any_tokens=config.bits_per_byte)
-    output = Path(config.output or config.runs[0] / "curves")
     count = len(next(iter(material.documents.values())))
     print(
         f"reads {count:,} held-out documents, up to {material.length:,} tokens each, with {', '.join(runs)}", flush=True

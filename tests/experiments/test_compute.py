@@ -169,3 +169,11 @@ def test_nonsense_ends_in_a_sentence(arguments, words, runs, capsys):
         run(runs / arguments[0], *arguments[1:])
     assert stopped.value.code == 2
     assert re.search(words, re.sub(r"\s*[│╭╰─╮╯\n]+\s*", " ", capsys.readouterr().err))
+
+
+def test_a_folder_of_something_else_is_refused(runs, capsys):
+    before = sorted((runs / "corpus").iterdir())
+    with pytest.raises(SystemExit):
+        run(runs / "mesa", "--output", runs / "corpus")
+    assert "corpus is not empty and holds no earlier page of this command; give a new" in capsys.readouterr().err
+    assert sorted((runs / "corpus").iterdir()) == before

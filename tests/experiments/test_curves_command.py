@@ -216,6 +216,21 @@ def test_bad_input_is_one_sentence_and_touches_nothing(message, mesa, tmp_path, 
     assert sorted(mesa.rglob("*")) == before and (tmp_path / "a file").read_text() == "mine"
 
 
+def test_a_folder_of_something_else_is_refused_before_any_work(mesa, page, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.mesanet.curves.open_runs", lambda paths: pytest.fail("work was done"))
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for folder, name in ((mine, "loss.csv"), (other, "report.html")):
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(SystemExit) as ended:
+            draw(mesa, "--output", folder)
+        complaint = f"output: {folder} is not empty and holds no earlier page of this command; give a new folder."
+        assert ended.value.code == 2 and complaint in capsys.readouterr().err
+        assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+    with pytest.raises(pytest.fail.Exception, match="work was done"):  # beside an earlier page anything may lie
+        draw(mesa, "--output", page)
+
+
 def test_an_empty_held_out_share_is_refused_by_name(mesa, tmp_path, capsys):
     broken = tmp_path / "run"
     broken.mkdir()

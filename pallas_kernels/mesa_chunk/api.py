@@ -56,7 +56,7 @@ def mesa_chunk(
       v: values; V may differ from K.
       log_decay: log of the forget gate, <= 0; below -80 counts as forgetting everything.
       beta: input strength, >= 0.
-      ridge: diagonal regularisation Lambda, > 0.
+      ridge: diagonal regularisation Lambda, > 0, which is checked where its values are known: outside jit.
       state: what came before; None starts empty.
       segment_ids: number of the document each token belongs to; documents do not see each other, and `state` belongs
         to the first one. Ids must not decrease along t. Negative ids mark padding, wherever it stands: it is ignored
@@ -71,7 +71,7 @@ def mesa_chunk(
       (out [b, t, h, v] in the dtype of v, state after the last token), and a SolveReport if asked for.
 
     Raises:
-      TypeError, ValueError: an argument's dtype, rank or size does not fit; the message names it.
+      TypeError, ValueError: an argument's dtype, rank, size or value does not fit; the message names it.
       NotImplementedError: the named implementation cannot run this.
     """
     check_solver("mesa_chunk", solver)

@@ -46,7 +46,7 @@ def check_inputs(operator: str, q, k, v, log_decay, beta, ridge, state, *, time_
 
     Raises:
       TypeError: an argument is not of a floating-point type.
-      ValueError: a rank or an axis does not fit.
+      ValueError: a rank or an axis does not fit, or ridge is not positive where its values are known.
     """
     named = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "ridge": ridge}
     if state is not None:
@@ -54,6 +54,7 @@ def check_inputs(operator: str, q, k, v, log_decay, beta, ridge, state, *, time_
             raise TypeError(f"{operator}: state is a {type(state).__name__}; pass a MesaState.")
         named |= {"state.kk": state.kk, "state.kv": state.kv}
     check_sequences(operator, named, first="q", time_axis=time_axis)
+    _check_ridge(operator, ridge)
     if state is not None:
         heads = (q.shape[0], *q.shape[-2:])
         for name, shape in {"state.kk": (*heads, q.shape[-1]), "state.kv": (*heads, v.shape[-1])}.items():
@@ -87,6 +88,16 @@ def check_sequences(operator: str, named: dict, *, first: str, time_axis: bool) 
         raise ValueError(
             f"{operator}: v has shape {v}; with {first} of shape {keys} it must be {gates} and one axis of any size."
         )
+
+
+def _check_ridge(operator: str, ridge) -> None:
+    """A system that is not positive definite has no solve, and the zeros it leaves look like an answer."""
+    if isinstance(ridge, Tracer) or not getattr(ridge, "is_fully_addressable", True):
+        return  # under jit only shapes are known, of an array across hosts only a part
+    values = np.asarray(ridge, np.float64)
+    wrong = ~(values > 0)
+    if wrong.any():
+        raise ValueError(f"{operator}: ridge has {values[wrong][0]}; every entry must be positive.")
 
 
 def _check_floating(operator: str, named: dict) -> None:

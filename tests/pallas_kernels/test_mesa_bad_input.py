@@ -43,6 +43,13 @@ SHARED = {
         "state.kk has dtype int32; pass a floating-point array.",
     ),
     "a list": (dict(q=[[1.0]]), TypeError, "q is a list; pass an array."),
+    "ridge of 0": (dict(ridge=jnp.zeros((3, 5))), ValueError, "ridge has 0.0; every entry must be positive."),
+    "negative ridge": (dict(ridge=CHUNK["ridge"].at[1, 2].set(-2)), ValueError, "ridge has -2.0; every entry must"),
+    "ridge of NaN": (
+        dict(ridge=CHUNK["ridge"].astype(jnp.bfloat16).at[1, 2].set(jnp.nan)),
+        ValueError,
+        "ridge has nan; every entry must be positive.",
+    ),
     "no solver": (dict(solver=None), TypeError, "solver is a NoneType; pass a SolverConfig."),
     "unknown name": (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown; use None or one of "),
     "not here": (

@@ -31,6 +31,7 @@ from experiments.programs import Programs, check_fits
 from experiments.runs import RunConfig
 from mesanet_jax.model import num_parameters
 from mesanet_jax.sharding import batch_sharding
+from pallas_kernels.mesa_chunk.methods import MIXED
 
 MIB, GIB = 1 << 20, 1 << 30
 DEFAULT = "1b"
@@ -162,6 +163,7 @@ def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip:
     params, moments = _bytes_of(shapes.params), _bytes_of(shapes.opt_state)
     train, worst = found[0], max(found, key=lambda program: program.peak)
     times = roofline(config, train, chip, mesh.shape, num_parameters(shapes.params))
+    precision = config.model.solver.precision or MIXED
     model = flops(config, "train", config.solver_steps) * num_tokens(config, "train") / mesh.size / chip.flops
     return [
         "",
@@ -171,7 +173,7 @@ def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip:
         f"MFU {model / times.unhidden:.0%} to {model / times.least:.0%}",
         f"a roofline, not measured: {chip.flops / 1e12:.0f} TFLOP/s in bfloat16, {chip.memory_bandwidth / 1e9:,.0f} "
         f"GB/s of memory and {chip.ring_bytes / 1e9:.0f} GB/s along a ring; {config.solver_steps:g} solver steps a "
-        f"token, their {config.model.solver.precision} products in {PASSES[config.model.solver.precision]} passes",
+        f"token, their {precision} products in {PASSES[precision]} passes",
         _fits(worst, chip),
         "",
         f"python -m experiments.mesanet.pretrain {shlex.join(launch_options(sys.argv[1:]))}",

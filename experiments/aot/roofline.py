@@ -15,8 +15,10 @@ from experiments.aot.chips import Chip
 from experiments.aot.collectives import Collective
 from experiments.aot.config import AotConfig
 from mesanet_jax.flops import forward_flops, training_flops
+from pallas_kernels.mesa_chunk.methods import MIXED
 
-PASSES = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}  # of a matrix unit
+# of a matrix unit; if no precision is named, kernels take some tiles' first step in float32, the others in three passes
+PASSES = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1, "mixed": 3}
 
 
 class Compiled(NamedTuple):
@@ -103,7 +105,8 @@ def memory_bytes(config: AotConfig, program: Compiled, mesh_shape: Mapping[str, 
 def _charged_flops(config: AotConfig, name: str) -> float:
     """FLOPs per token, solves at the price of their precision, recomputation included."""
     dense = flops(config, name, 0)
-    solves = PASSES[config.model.solver.precision] * (flops(config, name, config.solver_steps) - dense)
+    precision = "float32" if name == "decode" else config.model.solver.precision or MIXED
+    solves = PASSES[precision] * (flops(config, name, config.solver_steps) - dense)
     if name == "train" and config.model.remat != "nothing":
         dense *= 4 / 3  # forward once more; with "all_but_solutions" the solves are kept
         solves *= 3 / 2 if config.model.remat == "everything" else 1

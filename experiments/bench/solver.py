@@ -21,9 +21,8 @@ from pallas_kernels.mesa_chunk.algebra import Tile
 from pallas_kernels.mesa_chunk.cases import STUDY, Case, sample
 from pallas_kernels.mesa_chunk.chunks import to_columns
 from pallas_kernels.mesa_chunk.contract import zero_state
+from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS, Method, precisions_of
 from pallas_kernels.mesa_chunk.nested import Factor
-from pallas_kernels.mesa_chunk.products import PRECISIONS
-from pallas_kernels.mesa_chunk.solver import Method
 
 TOLERANCES = (1e-4, 1e-6)
 SIDES = ("forward", "adjoint")
@@ -85,7 +84,7 @@ def _solve_all(operands, *, tolerance: float):
     def solve_tile(inputs):
         q, dout, tile, expected = inputs
         sides = dict(zip(SIDES, (q, algebra.adjoint_rhs(dout, tile)), strict=True))
-        factors = {p: nested_config(tolerance, p) for p in PRECISIONS}
+        factors = {p: nested_config(tolerance, p) for p in STEP_PRECISIONS}
         shared = xla.factor_tile(tile, expected, factors["float32"])
         solvers = {
             "plain": lambda rhs: textbook(tile, rhs, jnp.ones_like(rhs), tolerance),
@@ -154,7 +153,8 @@ def diagonal(tile: Tile) -> jax.Array:
 
 def _nested(rhs: jax.Array, *, tile: Tile, factor: Factor | None, config: SolverConfig) -> Counts:
     """Counts what the operator's solver executes; NaN for a residual if this count has lost track of it."""
-    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config, config.precision)
+    assert config.precision is not None  # for type checkers
+    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config, precisions_of(config.precision))
     found, executed, computed = executed_steps(problem, methods)
     truth = nested.solve_tile(rhs, tile, factor, config)
     same = jnp.all(truth.num_steps == found)
@@ -174,9 +174,11 @@ def executed_steps(problem: solver.Problem, methods: tuple[Method, ...]) -> tupl
 
         def take_round(carry, method=method):
             rounds, executed, computed = carry
-            steps = solver.take_steps(problem, method, rounds)
-            taken = jnp.max(steps.num_steps - rounds.found.num_steps)
-            return solver.end_round(problem, rounds, steps), executed + taken, computed + 1
+            steps = solver.first_step(problem, method, rounds)
+            for number in range(1, len(method.levels) + 1):
+                before, steps = steps, solver.take_level(problem, method, number, rounds, steps)
+                executed += jnp.max(steps.num_steps - before.num_steps)
+            return solver.end_round(problem, method, rounds, steps), executed, computed + 1
 
         start = solver.first_round(problem, method, found), executed, computed
         rounds, executed, computed = jax.lax.while_loop(lambda carry: jnp.any(carry[0].wanted > 0), take_round, start)
@@ -318,7 +320,7 @@ def precision_table(rows: list[StudyRow]) -> list[str]:
     table = _head(
         ["products in a step", "tolerance", "worst steps", "mean steps", "residuals computed", "worst residual"]
     )
-    for precision in PRECISIONS:
+    for precision in STEP_PRECISIONS:
         for tolerance in TOLERANCES:
             some = [row for row in rows if (row.solver, row.tolerance) == (f"nested {precision}", tolerance)]
             means = (
@@ -332,7 +334,7 @@ def precision_table(rows: list[StudyRow]) -> list[str]:
 def work_table(rows: list[StudyRow]) -> list[str]:
     """Multiply-adds of a forward and an adjoint solve with what they share, relative to plain."""
     table = _head(["solver", "tolerance", "easy half", "hard half", "all", "worst row"])
-    for label in ("Jacobi", *(f"nested {precision}" for precision in PRECISIONS)):
+    for label in ("Jacobi", *(f"nested {precision}" for precision in STEP_PRECISIONS)):
         for tolerance in TOLERANCES:
             ours, plain = (total_work(rows, name, tolerance) for name in (label, "plain"))
             order = sorted(plain, key=lambda name: plain[name])

@@ -14,6 +14,7 @@ from pallas_kernels import MesaState, SolverConfig, router_descent
 from pallas_kernels.mesa_chunk import pallas_tpu as mesa_tpu
 from pallas_kernels.mesa_chunk import pallas_tpu_factor, pallas_tpu_kernel, pallas_tpu_roots
 from pallas_kernels.mesa_chunk import solver as solvers
+from pallas_kernels.mesa_chunk.methods import MIXED, STEP_PRECISIONS
 from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import StepRows, TileArrays
 from pallas_kernels.mesa_chunk.products import PRECISIONS
@@ -179,7 +180,7 @@ def mesa_row(kernel: str, method: int = 0, **choices: str) -> Kernel:
     """A row of a mesa_chunk kernel at the heads of every model of arXiv 2506.05233.
 
     Rows with the preconditioner "none" count steps on the matrix, rows with "nested" such with the factor, or with
-    method 1 such on the matrix.
+    method 1 such on the matrix. A step of a "mixed" row is one in float32 and one in bfloat16_3x.
     """
     solver = SolverConfig(max_steps=30, tolerance=1e-4, **choices) if choices else None
     return Kernel(
@@ -227,9 +228,9 @@ MESA_STEP = Kernel(
 
 MESA = (
     *(mesa_row("forward", preconditioner="none", precision=p) for p in PRECISIONS),
-    *(mesa_row("forward", preconditioner="nested", precision=p) for p in PRECISIONS),
-    mesa_row("forward", method=1, preconditioner="nested", precision="float32"),
-    mesa_row("adjoint", preconditioner="nested", precision="float32"),
+    *(mesa_row("forward", preconditioner="nested", precision=p) for p in STEP_PRECISIONS),
+    *(mesa_row("forward", method=1, preconditioner="nested", precision=p) for p in ("float32", MIXED)),
+    *(mesa_row("adjoint", preconditioner="nested", precision=p) for p in ("float32", MIXED)),
     mesa_row("states"),
     mesa_row("cotangents"),
     Kernel(

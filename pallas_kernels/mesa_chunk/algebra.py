@@ -6,13 +6,14 @@ of accelerators add without shuffling. Products run in full precision, unless th
 and GPUs the default is lower than float32, and residuals would stall at it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk.products import (
+    leading,
     split,
     times,
     times_marks,
@@ -94,16 +95,27 @@ def added_states(k: jax.Array, v: jax.Array, beta: jax.Array, decays: Decays) ->
     return times(weighted, k), times(weighted, v)
 
 
-def matrix(tile: Tile, precision: str = "float32") -> Callable[[jax.Array], jax.Array]:
+def matrix(tile: Tile) -> Callable[[jax.Array], jax.Array]:
     """Returns the map from x [k, c] to (H_t + Lambda) x_t for every token of the chunk."""
-    strengths, into = _strengths(tile), tile.decays.into
-    state, keys, columns = (split(x, precision) for x in (tile.kk, tile.k, transpose(tile.k)))
-
-    def apply(x):
-        weights = times_parts(keys, x) * strengths
-        return into * times_parts(state, x) + times_parts(columns, weights) + tile.ridge * x
-
+    (apply,) = matrices(tile, ("float32",))
     return apply
+
+
+def matrices(tile: Tile, precisions: Sequence[str]) -> list[Callable[[jax.Array], jax.Array]]:
+    """Returns `matrix` at each of these precisions, the first of which is the finest."""
+    strengths, into = _strengths(tile), tile.decays.into
+    parts = [split(x, precisions[0]) for x in (tile.kk, tile.k, transpose(tile.k))]
+
+    def matrix_at(precision):
+        state, keys, columns = (leading(x, precision) for x in parts)
+
+        def apply(x):
+            weights = times_parts(keys, x) * strengths
+            return into * times_parts(state, x) + times_parts(columns, weights) + tile.ridge * x
+
+        return apply
+
+    return [matrix_at(precision) for precision in precisions]
 
 
 def read_out(x: jax.Array, tile: Tile) -> jax.Array:

@@ -1,15 +1,25 @@
 """The nested preconditioner: one factor that nearly solves all tokens of a chunk (README.md, section 3)."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk import positive, solver
-from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrix, places, sum_down, to_column, to_row
-from pallas_kernels.mesa_chunk.products import split, times, times_parts, times_transposed, transpose, transposed_times
-from pallas_kernels.mesa_chunk.solver import Method, Solution, SolverConfig
+from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrices, matrix, places, sum_down, to_column, to_row
+from pallas_kernels.mesa_chunk.methods import Method, exact_steps, levels_of, precisions_of, reduction
+from pallas_kernels.mesa_chunk.products import (
+    leading,
+    split,
+    times,
+    times_parts,
+    times_transposed,
+    transpose,
+    transposed_times,
+)
+from pallas_kernels.mesa_chunk.solver import Solution, SolverConfig
 
 # How much a chunk is expected to keep where nothing is known: at the beginning of a document.
 UNKNOWN_KEPT = 0.3
@@ -128,26 +138,28 @@ def no_factor(tile: Tile, expected: jax.Array) -> Factor:
 
 def solve_tile(rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig) -> Solution:
     """Solves (H_t + Lambda) x_t = rhs_t [k, c] for every token of the chunk."""
-    problem, methods, scale = pose_tile(rhs, tile, factor, config, config.precision)
+    problem, methods, scale = pose_tile(rhs, tile, factor, config, precisions_of(config.precision or "float32"))
     found = solver.solve(problem, methods)
     return Solution(found.solution * scale, found.residual * scale, found.num_steps)
 
 
 def pose_tile(
-    rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig, precision: str
+    rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig, precisions: Sequence[str]
 ) -> tuple[solver.Problem, tuple[Method, ...], jax.Array]:
     """Returns the problem of a tile, the methods to solve it with in this order, and the scale [1, c] of its solutions.
 
     The factor where there is a usable one, and for what is left steps on the matrix itself: where little is remembered
-    the ridge is most of it. `precision` is that of the products in a step: config's, or how a kernel comes by it.
+    the ridge is most of it. `precisions` are those of the levels: config's, or how a kernel comes by them.
     """
+    if config.preconditioner == "none":  # steps are many, and those that fewer digits cost would be too
+        precisions = precisions[:1]
     problem, scale = solver.pose(matrix(tile), rhs, config)
     diagonal = None if config.preconditioner == "none" else tile.ridge
-    exact = solver.exact_steps(matrix(tile, precision), rhs, precision, diagonal)
-    return problem, (exact,) if factor is None else (_nested(tile, factor, precision), exact), scale
+    exact = exact_steps(matrices(tile, precisions), rhs, precisions, diagonal)
+    return problem, (exact,) if factor is None else (_nested(tile, factor, precisions), exact), scale
 
 
-def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
+def _nested(tile: Tile, factor: Factor, precisions: Sequence[str]) -> Method:
     """Steps that need the factor only: A_t is M_t and a multiple of the ridge, and M_t times M_t^-1 r is r.
 
     Directions are sums of such vectors, so what A_t makes of them is added up along with them.
@@ -155,23 +167,28 @@ def _nested(tile: Tile, factor: Factor, precision: str) -> Method:
     decays, frozen = tile.decays, _frozen(tile.decays, factor.log_anchor)
     ridge = frozen.anchor * tile.ridge
     shift = frozen.scale * tile.ridge - ridge
-    inverse, rows, columns = (split(x, precision) for x in (factor.inverse, factor.rows, transpose(factor.rows)))
+    parts = [split(x, precisions[0]) for x in (factor.inverse, factor.rows, transpose(factor.rows))]
     # what every step would compute anew: one of the two is 0 for every token
     dense, diagonal = jnp.where(decays.in_first, 1.0, 0.0), jnp.where(decays.in_first, 0.0, 1 / ridge)
     visible = jnp.where(decays.visible, 1.0, 0.0)
 
-    def search(r):
-        taken = times_parts(rows, r) * visible
-        z = dense * times_parts(inverse, r) + diagonal * r - times_parts(columns, taken)
-        return z, r + shift * z
+    def search_at(precision):
+        inverse, rows, columns = (leading(x, precision) for x in parts)
 
+        def search(r):
+            taken = times_parts(rows, r) * visible
+            z = dense * times_parts(inverse, r) + diagonal * r - times_parts(columns, taken)
+            return z, r + shift * z
+
+        return search
+
+    searches, images = map(search_at, precisions), [lambda direction, image: image] * len(precisions)
     return Method(
-        search=search,
-        image=lambda direction, image: image,
+        levels=levels_of(precisions, searches, images, share=0.1),
         wanted=factor.usable,
         scale=frozen.scale,
         num_directions=2,
-        reduction=solver.reduction(precision, tile.k.dtype),
+        reduction=reduction(precisions[0], tile.k.dtype),
     )
 
 

@@ -15,9 +15,10 @@ from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk import algebra, nested, solver
 from pallas_kernels.mesa_chunk.contract import MesaState
+from pallas_kernels.mesa_chunk.methods import MIXED, Method, precisions_of
 from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
 from pallas_kernels.mesa_chunk.products import SIX_PASSES, transposed_times
-from pallas_kernels.mesa_chunk.solver import Method, Problem, Rounds, Solution, SolverConfig, Steps
+from pallas_kernels.mesa_chunk.solver import Begun, Problem, Rounds, Solution, SolverConfig, Steps
 
 
 class TileArrays(NamedTuple):
@@ -209,8 +210,8 @@ class _Solved(NamedTuple):
 
 def _solve(rhs, tiles, factors, memory: Memory, config: SolverConfig) -> list[_Solved]:
     """Solves the tiles side by side and leaves solutions and residuals in memory."""
-    precision = SIX_PASSES if config.precision == "float32" else config.precision
-    posed = [nested.pose_tile(b, t, f, config, precision) for b, t, f in zip(rhs, tiles, factors, strict=True)]
+    precisions = [SIX_PASSES if p == "float32" else p for p in precisions_of(config.precision or MIXED)]
+    posed = [nested.pose_tile(b, t, f, config, precisions) for b, t, f in zip(rhs, tiles, factors, strict=True)]
     num_steps = []
     for i, (problem, _, _) in enumerate(posed):
         found = solver.nothing_found(problem)
@@ -236,7 +237,7 @@ class StepRows(NamedTuple):
     size: jax.Array
     energy: jax.Array
     num_steps: jax.Array
-    going: jax.Array
+    level: jax.Array
 
 
 def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, memory: Memory) -> list[jax.Array]:
@@ -259,7 +260,7 @@ def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, mem
         after = []
         for i in heads:
             steps = _load_steps(memory, i, end[i], methods[i])
-            rounds = solver.end_round(problems[i], rounds_of(i, rows[i]), steps)
+            rounds = solver.end_round(problems[i], methods[i], rounds_of(i, rows[i]), steps)
             memory.solution[i], memory.residual[i] = rounds.found.solution, rounds.found.residual
             after.append(rows_of(rounds))
         return tuple(after)
@@ -277,14 +278,19 @@ def _rounds(problems: list[Problem], methods: tuple[Method, ...], num_steps, mem
 def _steps(problems, methods, rows: tuple[RoundRows, ...], begun: tuple[StepRows, ...], memory: Memory):
     """Runs the steps of one round on all tiles."""
 
-    def advance(step_rows):
+    def advance(number, step_rows):
         after = []
         for i, row in enumerate(step_rows):
-            steps = _load_steps(memory, i, row, methods[i])
-            after.append(_store_steps(memory, i, solver.step(problems[i], methods[i], rows[i].size, steps)))
+            steps, begun = _load_steps(memory, i, row, methods[i]), Begun(rows[i].size, rows[i].num_steps)
+            after.append(_store_steps(memory, i, solver.step(problems[i], methods[i], number, begun, steps)))
         return tuple(after)
 
-    return while_loop(lambda step_rows: _any([row.going for row in step_rows]), advance, begun)
+    def any_at(number, step_rows):
+        return _any([jnp.where(row.level == number, 1.0, 0.0) for row in step_rows])
+
+    for number in range(1, len(methods[0].levels) + 1):
+        begun = while_loop(functools.partial(any_at, number), functools.partial(advance, number), begun)
+    return begun
 
 
 def _load_steps(memory: Memory, i: int, rows: StepRows, method: Method) -> Steps:
@@ -296,7 +302,7 @@ def _store_steps(memory: Memory, i: int, steps: Steps) -> StepRows:
     memory.step_solution[i], memory.step_residual[i] = steps.solution, steps.residual
     for ref, value in zip((memory.direction, memory.image), steps.direction, strict=False):
         ref[i] = value
-    return StepRows(steps.size, steps.energy, steps.num_steps, steps.going)
+    return StepRows(steps.size, steps.energy, steps.num_steps, steps.level)
 
 
 def _any(rows: list[jax.Array]) -> jax.Array:

@@ -15,6 +15,7 @@ from jax import lax
 PRECISIONS = ("float32", "bfloat16_3x", "bfloat16")
 SIX_PASSES = "bfloat16_6x"  # float32 by hand: left to itself, the compiler for TPUs splits both operands in every step
 NUM_PARTS = {"bfloat16": 1, "bfloat16_3x": 2, SIX_PASSES: 3}
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "bfloat16_3x": 2.0**-16}
 
 COLUMNS = 16  # of a stored matrix that are loaded at once; the least there may be
 
@@ -70,6 +71,13 @@ def split(x: jax.Array | Stored, precision: str) -> Parts:
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
     return (*parts, x.astype(jnp.bfloat16))
+
+
+def leading(parts: Parts, precision: str) -> Parts:
+    """Returns those of a matrix's parts that products at this precision use, which is no finer than theirs."""
+    if isinstance(parts, Stored):
+        return split(parts, precision)
+    return parts[: NUM_PARTS[precision]] if parts[0].dtype == jnp.bfloat16 else split(parts[0], precision)
 
 
 def times_parts(x: Parts, y: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import while_loop
 
-from pallas_kernels.mesa_chunk.products import PRECISIONS, SIX_PASSES
+from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS, Method, row_shape
 
 PRECONDITIONERS = ("none", "nested")
 MOST_STEPS = 10_000
@@ -31,17 +31,20 @@ class SolverConfig:
       preconditioner: "none" for plain conjugate gradient. "nested" shares one factor among all tokens of a chunk
         (README.md, section 3) and needs far fewer steps where little is forgotten; tiles that forget fast, short chunks
         and single tokens are preconditioned by the ridge alone.
-      precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16". Residuals are computed
-        anew in float32 between rounds of steps, so that a lower precision costs steps before it costs accuracy. Single
-        tokens are solved in float32. Where a condition is beyond what the precision resolves, steps do not
-        converge. Reports tell.
+      precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16", or "mixed" for
+        "float32" only until as much of the residual is gone as lets the second do. Residuals are computed anew in
+        float32 after a round of steps, so that a lower precision costs steps before it costs accuracy. Where a
+        condition is beyond what a precision resolves, steps do not converge, and reports tell; what "mixed" leaves is
+        solved in float32, with the steps that remain. None is "mixed" in the kernels for TPUs, whose matrix units
+        multiply bfloat16, and "float32" elsewhere. Single tokens, and tiles with no preconditioner, are solved in
+        float32 where "mixed" is asked for.
       adjoint_max_steps, adjoint_tolerance: the same for the solve of the backward pass; None takes those above.
     """
 
     max_steps: int = 30
     tolerance: float = 1e-4
     preconditioner: str = "nested"
-    precision: str = "float32"
+    precision: str | None = None
     adjoint_max_steps: int | None = None
     adjoint_tolerance: float | None = None
 
@@ -62,7 +65,7 @@ class SolverConfig:
             if not isinstance(value, int | float | np.floating) or not 0.0 <= value < 1.0:
                 raise ValueError(f"SolverConfig: {field}={value} is outside [0, 1); 1e-4 is a common choice.")
             object.__setattr__(self, field, float(value))
-        for field, known in {"preconditioner": PRECONDITIONERS, "precision": PRECISIONS}.items():
+        for field, known in {"preconditioner": PRECONDITIONERS, "precision": (None, *STEP_PRECISIONS)}.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"SolverConfig: {field}={getattr(self, field)!r} is unknown; use one of {known}.")
         if self.adjoint_max_steps is not None and (self.adjoint_max_steps == 0) != (self.max_steps == 0):
@@ -98,55 +101,6 @@ class Solution(NamedTuple):
     num_steps: jax.Array  # [1, c] int32
 
 
-class Method(NamedTuple):
-    """One way to take conjugate-gradient steps on A x = b, each token's equation multiplied by `scale`.
-
-    Attributes:
-      search: maps the residual [k, c] to the preconditioned residual, and to whatever else follows the recurrence of
-        search directions: it is added up with the same weights as they are.
-      image: maps a direction, as added up of what `search` returns, to scale * A direction.
-      wanted: [1, c] tokens that this method is to solve.
-      scale: [1, c] factor of each token's equation, > 0.
-      reduction: how far a round of steps may reduce the residual before it is computed anew; what the recurrence says
-        below that is rounding.
-      num_directions: how many arrays `search` returns.
-    """
-
-    search: Callable[[jax.Array], tuple[jax.Array, ...]]
-    image: Callable[..., jax.Array]
-    wanted: jax.Array
-    scale: jax.Array
-    reduction: float
-    num_directions: int = 1
-
-
-def reduction(precision: str, dtype) -> float:
-    """Returns to what share of itself a round may bring the residual before the recurrence has lost it."""
-    if dtype == jnp.float64:
-        return 1e-13
-    return {"float32": 1e-5, SIX_PASSES: 1e-5, "bfloat16_3x": 5e-5, "bfloat16": 1e-1}[precision]
-
-
-def exact_steps(
-    apply_matrix: Callable[[jax.Array], jax.Array], rhs: jax.Array, precision: str = "float32", diagonal=None
-) -> Method:
-    """Conjugate gradient on the matrix itself, for all tokens; `apply_matrix` computes in that precision.
-
-    Preconditioned by a diagonal [k, 1], if one is given. In full precision it begins anew only where the recurrence has
-    reached rounding: a new start loses what the directions know of each other.
-    """
-    ones = jnp.ones(_row_shape(rhs), rhs.dtype)
-    weights = None if diagonal is None else 1 / diagonal
-    exact = precision in ("float32", SIX_PASSES) or rhs.dtype == jnp.float64
-    return Method(
-        search=lambda r: (r if weights is None else weights * r,),
-        image=apply_matrix,
-        wanted=ones > 0,
-        scale=ones,
-        reduction=float(jnp.finfo(rhs.dtype).eps) if exact else reduction(precision, rhs.dtype),
-    )
-
-
 def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
     """Solves A x = rhs for symmetric positive definite A from x = 0.
 
@@ -164,7 +118,7 @@ def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
     for method in methods:
 
         def take_round(rounds: Rounds, method=method):
-            return end_round(problem, rounds, take_steps(problem, method, rounds))
+            return end_round(problem, method, rounds, take_steps(problem, method, rounds))
 
         rounds = first_round(problem, method, found)
         found = while_loop(lambda rounds: _any(rounds.wanted), take_round, rounds).found
@@ -173,10 +127,17 @@ def solve(problem: "Problem", methods: tuple[Method, ...]) -> Solution:
 
 def take_steps(problem: "Problem", method: Method, rounds: "Rounds") -> "Steps":
     """Takes the steps of one round."""
+    steps = first_step(problem, method, rounds)
+    for number in range(1, len(method.levels) + 1):
+        steps = take_level(problem, method, number, rounds, steps)
+    return steps
+
+
+def take_level(problem: "Problem", method: Method, number: int, rounds: "Rounds", steps: "Steps") -> "Steps":
+    """Takes the steps of one level, whose number counts from 1."""
+    begun = Begun(rounds.size, rounds.found.num_steps)
     return while_loop(
-        lambda steps: _any(steps.going),
-        lambda steps: step(problem, method, rounds.size, steps),
-        first_step(problem, method, rounds),
+        lambda steps: _any(steps.level == number), lambda steps: step(problem, method, number, begun, steps), steps
     )
 
 
@@ -197,11 +158,18 @@ class Rounds(NamedTuple):
     wanted: jax.Array  # [1, c] 1 where the token goes on, else 0, in float32: loops of kernels carry no booleans
 
 
+class Begun(NamedTuple):
+    """Where tokens stood when a round began, [1, c] each, as in Rounds."""
+
+    size: jax.Array
+    num_steps: jax.Array
+
+
 class Steps(NamedTuple):
     """Where tokens stand between two steps of a round, in equations multiplied by the method's scale.
 
-    Whether a token goes on is decided once, and carried along: a compiler may round a threshold in the loop's condition
-    and in its body in two ways, and a token between the two would keep a loop going in which it takes no step.
+    Whether and how a token goes on is decided once, and carried along: a compiler may round a threshold in the loop's
+    condition and in its body in two ways, and a token between them would keep a loop going in which it takes no step.
     """
 
     solution: jax.Array  # [k, c] correction to that of the round
@@ -210,7 +178,7 @@ class Steps(NamedTuple):
     size: jax.Array  # [1, c] squared norm of the residual, without the scale
     energy: jax.Array  # [1, c] residual times preconditioned residual
     num_steps: jax.Array  # [1, c] int32
-    going: jax.Array  # [1, c] 1 where the token takes another step, else 0, as in Rounds
+    level: jax.Array  # [1, c] number of the level that its next step is of, from 1; 0 if it takes none; in float32
 
 
 # A round aims a little below the tolerance, so that rounding between recurrence and residual does not cost another.
@@ -233,7 +201,7 @@ def pose(apply_matrix, rhs: jax.Array, config: SolverConfig) -> tuple[Problem, j
 def nothing_found(problem: Problem) -> Solution:
     """Returns the start of every solve: 0, after no step."""
     rhs = problem.rhs
-    return Solution(jnp.zeros_like(rhs), rhs, jnp.zeros(_row_shape(rhs), jnp.int32))
+    return Solution(jnp.zeros_like(rhs), rhs, jnp.zeros(row_shape(rhs), jnp.int32))
 
 
 def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
@@ -255,7 +223,7 @@ def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
 def first_step(problem: Problem, method: Method, rounds: Rounds) -> Steps:
     """Returns where tokens stand at the beginning of a round."""
     residual = rounds.found.residual * method.scale
-    zero = jnp.zeros_like(residual)
+    zero, begun = jnp.zeros_like(residual), Begun(rounds.size, rounds.found.num_steps)
     return Steps(
         zero,
         residual,
@@ -263,48 +231,58 @@ def first_step(problem: Problem, method: Method, rounds: Rounds) -> Steps:
         rounds.size,
         jnp.zeros_like(rounds.size),
         rounds.found.num_steps,
-        _going(problem, method, rounds.size, rounds.wanted > 0, rounds.size, rounds.found.num_steps),
+        _level(problem, method, begun, rounds.wanted, *begun),
     )
 
 
-def step(problem: Problem, method: Method, begun_size: jax.Array, steps: Steps) -> Steps:
-    """Takes one step of conjugate gradient with the tokens that are going (arXiv 2506.05233, Algorithm 1).
+def step(problem: Problem, method: Method, number: int, begun: Begun, steps: Steps) -> Steps:
+    """Takes one step of conjugate gradient (arXiv 2506.05233, Algorithm 1) with the tokens of this level.
 
-    `begun_size` [1, c] is the squared norm of the residual that the round began with.
+    `number` is that of the level, from 1.
     """
-    going = steps.going > 0
-    searched = method.search(steps.residual)
+    level, active = method.levels[number - 1], steps.level == number
+
+    def kept(new, old):
+        """Tokens of later levels wait for them; those that have stopped need nothing any more."""
+        return new if number == len(method.levels) else jnp.where(active, new, old)
+
+    searched = level.search(steps.residual)
     # not steps.size, even without a preconditioner: a compiler may round the residual that is summed there and the one
     # that is kept in two ways, and where little is left of it a step that is too long by that much makes it grow
     energy = jnp.maximum(_dot(steps.residual, searched[0]), 0)
     conjugacy = _divide(energy, steps.energy)
     direction = tuple(s + conjugacy * d for s, d in zip(searched, steps.direction, strict=True))
-    image = method.image(*direction)
-    step_size = jnp.where(going, _divide(energy, _dot(direction[0], image)), 0)
+    image = level.image(*direction)
+    step_size = jnp.where(active, _divide(energy, _dot(direction[0], image)), 0)
     residual = steps.residual - step_size * image
     # where something is not positive there is no way down, and the round is over: what is left counts as nothing
-    stuck = going & (step_size == 0)
+    stuck = active & (step_size == 0)
     size = jnp.where(stuck, 0, _dot(residual, residual) / method.scale**2)
-    num_steps = steps.num_steps + going.astype(jnp.int32)
+    num_steps = steps.num_steps + active.astype(jnp.int32)
     return Steps(
         solution=steps.solution + step_size * direction[0],
         residual=residual,
-        direction=direction,
-        size=size,
-        energy=energy,
+        direction=tuple(map(kept, direction, steps.direction)),
+        size=kept(size, steps.size),
+        energy=kept(energy, steps.energy),
         num_steps=num_steps,
-        going=_going(problem, method, begun_size, going, size, num_steps),
+        level=jnp.where(active, _level(problem, method, begun, steps.level, size, num_steps), steps.level),
     )
 
 
-def _going(problem: Problem, method: Method, begun_size, going, size, num_steps) -> jax.Array:
-    """Returns which of the tokens that are going take another step, in a round begun with residuals of `begun_size`."""
-    aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun_size)
-    going = going & (size > aim) & (size <= _GROWTH**2 * begun_size) & (num_steps < problem.max_steps)
-    return going.astype(jnp.float32)
+def _level(problem: Problem, method: Method, begun: Begun, level, size, num_steps) -> jax.Array:
+    """Returns the level of the next steps of tokens at `level`, which is never an earlier one, or 0 for none.
+
+    Fewer digits are for the first round: what it leaves is more than they resolve.
+    """
+    aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun.size)
+    going = (level > 0) & (size > aim) & (size <= _GROWTH**2 * begun.size) & (num_steps < problem.max_steps)
+    for number, before in enumerate(method.levels[:-1], 2):
+        level = jnp.where((begun.num_steps == 0) & (size <= before.until**2 * aim), jnp.maximum(level, number), level)
+    return jnp.where(going, level, 0.0)
 
 
-def end_round(problem: Problem, rounds: Rounds, steps: Steps) -> Rounds:
+def end_round(problem: Problem, method: Method, rounds: Rounds, steps: Steps) -> Rounds:
     """Takes over what a round of steps has found, with the residual computed from it."""
     solution = rounds.found.solution + steps.solution
     residual = problem.rhs - problem.apply_matrix(solution)
@@ -317,17 +295,15 @@ def end_round(problem: Problem, rounds: Rounds, steps: Steps) -> Rounds:
         num_steps=steps.num_steps,
     )
     size = jnp.where(accept, size, rounds.size)
-    wanted = (rounds.wanted > 0) & (size < _PROGRESS**2 * rounds.size) & _unsolved(problem, size, steps.num_steps)
+    goes_on = size < _PROGRESS**2 * rounds.size
+    if len(method.levels) > 1:  # what fewer digits cannot solve others may
+        goes_on |= rounds.found.num_steps == 0
+    wanted = (rounds.wanted > 0) & goes_on & _unsolved(problem, size, steps.num_steps)
     return Rounds(found, size, wanted.astype(jnp.float32))
 
 
 def _unsolved(problem: Problem, size: jax.Array, num_steps: jax.Array) -> jax.Array:
     return (size > problem.target) & (num_steps < problem.max_steps)
-
-
-def _row_shape(x: jax.Array) -> tuple[int, ...]:
-    """Returns the shape [..., 1, c] of one number per token, for x [..., k, c]."""
-    return *x.shape[:-2], 1, x.shape[-1]
 
 
 def _any(marks: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk import solver
+from pallas_kernels.mesa_chunk.methods import exact_steps
 from pallas_kernels.mesa_chunk.solver import Solution, SolverConfig
 
 
@@ -33,5 +34,5 @@ def solve(
         return Solution(rhs, rhs - apply_matrix(rhs), jnp.zeros(rhs[..., :1, :].shape, jnp.int32))
     problem, scale = solver.pose(apply_matrix, rhs, config)
     diagonal = None if config.preconditioner == "none" else ridge
-    found = solver.solve(problem, (solver.exact_steps(apply_matrix, rhs, diagonal=diagonal),))
+    found = solver.solve(problem, (exact_steps([apply_matrix], rhs, diagonal=diagonal),))
     return Solution(found.solution * scale, found.residual * scale, found.num_steps)

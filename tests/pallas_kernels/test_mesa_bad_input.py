@@ -133,7 +133,8 @@ def test_shapes_are_checked_under_jit_too():
         ),
         (
             dict(precision="half"),
-            "SolverConfig: precision='half' is unknown; use one of ('float32', 'bfloat16_3x', 'bfloat16').",
+            "SolverConfig: precision='half' is unknown; use one of (None, 'float32', 'bfloat16_3x', 'bfloat16', "
+            "'mixed').",
         ),
         (dict(tolerance=-1e-3), "SolverConfig: tolerance=-0.001 is outside [0, 1); 1e-4 is a common choice."),
         (dict(tolerance=1.0), "SolverConfig: tolerance=1.0 is outside [0, 1); 1e-4 is a common choice."),

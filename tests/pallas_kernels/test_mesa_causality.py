@@ -27,7 +27,11 @@ def disturbed(inputs: Inputs, name: str, tokens: slice) -> Inputs:
 
 
 HISTORY = sample(dataclasses.replace(STUDY["low_rank, 0.95-1"], length=160, key_dim=32, value_dim=32))
-precisions = pytest.mark.parametrize("config", [LOOSE, dataclasses.replace(LOOSE, precision="bfloat16")], ids=str)
+# steps of both levels, after which more is left unsolved than rounding
+MIXED = SolverConfig(tolerance=1e-5, max_steps=5, precision="mixed")
+precisions = pytest.mark.parametrize(
+    "config", [LOOSE, dataclasses.replace(LOOSE, precision="bfloat16"), MIXED], ids=str
+)
 sequences = pytest.mark.parametrize("name", ["k", "v", "log_decay", "beta"])
 
 

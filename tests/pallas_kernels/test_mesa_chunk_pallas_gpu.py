@@ -17,8 +17,8 @@ from pallas_kernels.mesa_chunk import algebra, pallas_gpu, xla
 from pallas_kernels.mesa_chunk.cases import CASES, Case, sample
 from pallas_kernels.mesa_chunk.chunks import to_columns, to_sequence
 from pallas_kernels.mesa_chunk.contract import zero_state
+from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS
 from pallas_kernels.mesa_chunk.pallas_gpu import GpuConfig
-from pallas_kernels.mesa_chunk.products import PRECISIONS
 from pallas_kernels.mesa_chunk.solver import relative_size
 
 CONVERGED = SolverConfig(max_steps=60, tolerance=0.0)
@@ -65,7 +65,7 @@ def assert_all_near(found, truth, **looser):
 
 @pytest.mark.parametrize(
     "solver",
-    [*(dataclasses.replace(CONVERGED, precision=p) for p in PRECISIONS), PLAIN],
+    [*(dataclasses.replace(CONVERGED, precision=p) for p in STEP_PRECISIONS), PLAIN],
     ids=lambda solver: f"{solver.preconditioner}-{solver.precision}",
 )
 def test_values_and_gradients_of_documents_equal_the_reference(solver):
@@ -141,7 +141,7 @@ def test_what_the_kernel_cannot_run_is_refused_with_the_reason(dtype, key_dim, r
 
 @pytest.mark.parametrize("compute_capability", GPUS)
 @pytest.mark.parametrize("preconditioner", ["nested", "none"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STEP_PRECISIONS)
 def test_forward_and_backward_lower_for_every_generation(precision, preconditioner, compute_capability):
     solver = SolverConfig(precision=precision, preconditioner=preconditioner)
     program = lower_for_cuda(*_both(solver, 300, 100, 60), compute_capability=compute_capability)

@@ -17,7 +17,7 @@ from pallas_kernels import MesaState, SolverConfig, mesa_chunk
 from pallas_kernels.mesa_chunk import pallas_tpu
 from pallas_kernels.mesa_chunk.cases import CASES, Case, sample
 from pallas_kernels.mesa_chunk.contract import zero_state
-from pallas_kernels.mesa_chunk.products import PRECISIONS
+from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS
 
 CONVERGED = SolverConfig(max_steps=60, tolerance=0.0)
 TWO_CHUNKS = Case(
@@ -68,7 +68,7 @@ def truth():
     return expected(inputs, DOCUMENTS, random_cotangents(inputs))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STEP_PRECISIONS)
 def test_values_and_gradients_equal_the_reference_at_every_precision_of_the_steps(precision, truth):
     inputs = sample(TWO_CHUNKS)
     solver = dataclasses.replace(CONVERGED, precision=precision)
@@ -149,6 +149,7 @@ def test_a_batch_of_calls_compiles():
 @pytest.mark.parametrize(
     ("key_dim", "value_dim", "precision", "preconditioner"),
     [
+        (128, 128, None, "nested"),
         (128, 128, "float32", "nested"),
         (128, 128, "bfloat16_3x", "nested"),
         (64, 96, "bfloat16", "nested"),

@@ -81,7 +81,7 @@ def test_the_factor_inverts_the_frozen_system_of_every_token_of_every_document(n
         tile = pack.tile()
         factor = factor_of(tile)
         assert factor.usable.all()
-        search = jax.jit(lambda r: nested.pose_tile(r, tile, factor, FACTOR, "float32")[1][0].search(r)[0])
+        search = jax.jit(lambda r: nested.pose_tile(r, tile, factor, FACTOR, ["float32"])[1][0].levels[0].search(r)[0])
         # the r-th unit vector at all tokens at once gives the r-th column of all inverses
         inverses = np.stack([search(np.repeat(unit[:, None], 24, axis=1)) for unit in np.eye(8)], axis=1)
     assert_near(inverses.transpose(2, 0, 1), np.linalg.inv(pack.frozen()), NESTED["factor"])
@@ -92,9 +92,9 @@ def test_the_image_of_a_direction_is_the_matrix_times_it_without_a_product(name)
     pack = Pack(STARTS[name])
     with jax.enable_x64(True):
         tile, r = pack.tile(), rng.normal(size=(8, 24))
-        (method, _) = nested.pose_tile(r, tile, factor_of(tile), FACTOR, "float32")[1]
-        direction, frozen = method.search(jnp.asarray(r))
-        image = method.image(direction, frozen)
+        (method, _) = nested.pose_tile(r, tile, factor_of(tile), FACTOR, ["float32"])[1]
+        direction, frozen = method.levels[0].search(jnp.asarray(r))
+        image = method.levels[0].image(direction, frozen)
         expected = np.einsum("tij,jt->it", pack.matrices(), direction) * np.exp(-pack.since_start())
     assert_near(image, expected, NESTED["factor"])
     assert_near(method.scale[0], np.exp(-pack.since_start()), LAW["float64"])
@@ -191,7 +191,7 @@ def test_a_factor_that_is_not_positive_costs_one_step_and_no_accuracy():
 
 def test_what_a_method_has_made_worse_than_it_was_the_next_begins_anew():
     tile, rhs = Pack(()).tile(jnp.float32), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
-    problem, methods, _ = nested.pose_tile(rhs, tile, None, FACTOR, "float32")
+    problem, methods, _ = nested.pose_tile(rhs, tile, None, FACTOR, ["float32"])
     grown = jnp.where(jnp.arange(24) < 5, -9.0, 0.5)
     found = solver.Solution(grown * problem.rhs, grown * problem.rhs, jnp.full((1, 24), 3))
     rounds = solver.first_round(problem, methods[0], found)
@@ -212,7 +212,7 @@ def test_keys_whose_products_overflow_leave_their_tokens_unsolved_but_finite():
 def test_tokens_that_forgot_more_than_expected_take_steps_on_the_matrix():
     pack = Pack((14,), gates=(0.6, 0.7))
     tile, rhs = pack.tile(jnp.float32), jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
-    (shared, _) = nested.pose_tile(rhs, tile, factor_of(tile), FACTOR, "float32")[1]
+    (shared, _) = nested.pose_tile(rhs, tile, factor_of(tile), FACTOR, ["float32"])[1]
     np.testing.assert_array_equal(shared.wanted[0], np.isin(np.arange(24), [0, 1, 2, *range(14, 19)]))
     assert (np.isfinite(shared.scale) & (shared.scale >= 1)).all()
     ours = nested.solve_tile(rhs, tile, factor_of(tile), FACTOR).solution

@@ -14,7 +14,7 @@ from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step
 from pallas_kernels.mesa_chunk import products
 from pallas_kernels.mesa_chunk import solver as solvers
 from pallas_kernels.mesa_chunk.cases import EASY, HARD, sample
-from pallas_kernels.mesa_chunk.products import PRECISIONS
+from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS, exact_steps
 from pallas_kernels.mesa_chunk.solver import PRECONDITIONERS
 
 rng = np.random.default_rng(0)
@@ -32,7 +32,7 @@ def solve(matrices, rhs, config: SolverConfig):
 
     rhs = rhs[..., None]
     problem, scale = solvers.pose(apply, rhs, config)
-    found = solvers.solve(problem, (solvers.exact_steps(apply, rhs),))
+    found = solvers.solve(problem, (exact_steps([apply], rhs),))
     return solvers.Solution((found.solution * scale)[..., 0], (found.residual * scale)[..., 0], found.num_steps[..., 0])
 
 
@@ -103,7 +103,7 @@ def few_heads(case, length=130):
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STEP_PRECISIONS)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_tolerance_is_kept_on_easy_and_hard_inputs_or_the_report_says_that_it_is_not(
     preconditioner, precision, tolerance

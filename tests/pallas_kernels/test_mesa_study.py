@@ -106,9 +106,11 @@ def test_steps_are_few_and_the_reported_residual_is_true_in_every_row_of_the_stu
 
 
 @each_row
-def test_tiles_of_the_tpu_kernels_take_the_steps_that_their_cost_is_told_for(name):
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_tiles_of_the_tpu_kernels_take_the_steps_that_their_cost_is_told_for(name, precision):
     operands, dout = operands_of(STUDY[name], 384)
-    found = jax.device_get(_solve(operands, dout, config=SolverConfig(), chunk_length=TpuConfig().chunk_length))
+    config = SolverConfig(precision=precision)
+    found = jax.device_get(_solve(operands, dout, config=config, chunk_length=TpuConfig().chunk_length))
     remembers = name.endswith((", 0.99-1", ", 1", "no input", "one token"))
     most = 12 if name.endswith("0.95-1") else 6
     for side in SIDES:
@@ -122,7 +124,7 @@ def test_without_a_tolerance_a_residual_ends_at_what_float32_allows(name):
         assert (found.residual <= NESTED["floor"] * found.rounding).all(), side
 
 
-@pytest.mark.parametrize("precision", ["bfloat16_3x", "bfloat16"])
+@pytest.mark.parametrize("precision", ["mixed", "bfloat16_3x", "bfloat16"])
 def test_low_precision_reaches_the_same_tolerance(precision):
     for name in ("silu, 0.95-1", "low_rank, 1"):
         for side, found in study(name).solve(max_steps=BUDGET, tolerance=1e-4, precision=precision).items():

@@ -12,7 +12,12 @@ from pallas_kernels.mesa_chunk.cases import Adversary, adversary
 
 LENGTH, DIM, BATCH = 16, 8, 1000
 # dtype of the inputs, precision of the steps, share of the heads
-KINDS = (("float32", "float32", 0.6), ("bfloat16", "bfloat16_3x", 0.2), ("float32", "bfloat16", 0.2))
+KINDS = (
+    ("float32", "float32", 0.4),
+    ("float32", "mixed", 0.2),
+    ("bfloat16", "bfloat16_3x", 0.2),
+    ("float32", "bfloat16", 0.2),
+)
 
 
 def count(num_heads: int, max_steps: int = 16) -> dict[str, tuple[int, int]]:

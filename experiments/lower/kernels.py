@@ -14,7 +14,7 @@ from pallas_kernels import MesaState, SolverConfig, router_descent
 from pallas_kernels.mesa_chunk import pallas_tpu as mesa_tpu
 from pallas_kernels.mesa_chunk import pallas_tpu_factor, pallas_tpu_kernel, pallas_tpu_roots
 from pallas_kernels.mesa_chunk import solver as solvers
-from pallas_kernels.mesa_chunk.methods import MIXED, STEP_PRECISIONS
+from pallas_kernels.mesa_chunk.methods import MIXED
 from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import StepRows, TileArrays
 from pallas_kernels.mesa_chunk.products import PRECISIONS
@@ -176,7 +176,7 @@ def _always(function: Callable) -> Callable:
     return traced
 
 
-def mesa_row(kernel: str, method: int = 0, **choices: str) -> Kernel:
+def mesa_row(kernel: str, method: int = 0, chips: tuple[str, ...] = tuple(CHIPS), **choices: str) -> Kernel:
     """A row of a mesa_chunk kernel at the heads of every model of arXiv 2506.05233.
 
     Rows with the preconditioner "none" count steps on the matrix, rows with "nested" such with the factor, or with
@@ -190,6 +190,7 @@ def mesa_row(kernel: str, method: int = 0, **choices: str) -> Kernel:
         steps=(5, 10) if choices else (1,),
         per=4 * 128,
         per_name="token and head",
+        chips=chips,
     )
 
 
@@ -228,9 +229,9 @@ MESA_STEP = Kernel(
 
 MESA = (
     *(mesa_row("forward", preconditioner="none", precision=p) for p in PRECISIONS),
-    *(mesa_row("forward", preconditioner="nested", precision=p) for p in STEP_PRECISIONS),
-    *(mesa_row("forward", method=1, preconditioner="nested", precision=p) for p in ("float32", MIXED)),
-    *(mesa_row("adjoint", preconditioner="nested", precision=p) for p in ("float32", MIXED)),
+    *(mesa_row("forward", chips=("v5e", "v6e"), preconditioner="nested", precision=p) for p in PRECISIONS),
+    *(mesa_row("forward", method=method, preconditioner="nested", precision=MIXED) for method in (0, 1)),
+    mesa_row("adjoint", preconditioner="nested", precision=MIXED),
     mesa_row("states"),
     mesa_row("cotangents"),
     Kernel(

@@ -23,7 +23,7 @@ from experiments.aot.chips import Chip, chip_of, devices_of
 from experiments.aot.collectives import read_collectives
 from experiments.aot.config import AotConfig
 from experiments.aot.least import least_bytes
-from experiments.aot.roofline import PASSES, Compiled, Roofline, flops, num_tokens, roofline
+from experiments.aot.roofline import PASSES, Compiled, Roofline, flops, num_tokens, roofline, step_precision
 from experiments.cli import UserError
 from experiments.mesanet.pretrain import PRESETS
 from experiments.mesh import make_mesh
@@ -31,7 +31,6 @@ from experiments.programs import Programs, check_fits
 from experiments.runs import RunConfig
 from mesanet_jax.model import num_parameters
 from mesanet_jax.sharding import batch_sharding
-from pallas_kernels.mesa_chunk.methods import MIXED
 
 MIB, GIB = 1 << 20, 1 << 30
 DEFAULT = "1b"
@@ -163,7 +162,7 @@ def _verdict(config: AotConfig, programs: Programs, found: list[Compiled], chip:
     params, moments = _bytes_of(shapes.params), _bytes_of(shapes.opt_state)
     train, worst = found[0], max(found, key=lambda program: program.peak)
     times = roofline(config, train, chip, mesh.shape, num_parameters(shapes.params))
-    precision = config.model.solver.precision or MIXED
+    precision = step_precision(config.model.solver)
     model = flops(config, "train", config.solver_steps) * num_tokens(config, "train") / mesh.size / chip.flops
     return [
         "",

@@ -15,9 +15,10 @@ from experiments.aot.chips import Chip
 from experiments.aot.collectives import Collective
 from experiments.aot.config import AotConfig
 from mesanet_jax.flops import forward_flops, training_flops
+from pallas_kernels import SolverConfig
 from pallas_kernels.mesa_chunk.methods import MIXED
 
-# of a matrix unit; if no precision is named, kernels take some tiles' first step in float32, the others in three passes
+# of a matrix unit; of "mixed" steps only the first of some tiles takes more
 PASSES = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1, "mixed": 3}
 
 
@@ -102,10 +103,16 @@ def memory_bytes(config: AotConfig, program: Compiled, mesh_shape: Mapping[str, 
     return program.arguments + program.results + 2 * program.temporary + rounds * (reads + writes) * matrices
 
 
+def step_precision(solver: SolverConfig) -> str:
+    """Returns the precision of most steps in the kernels for TPUs."""
+    precision = solver.precision or MIXED
+    return "float32" if precision == MIXED and solver.preconditioner == "none" else precision
+
+
 def _charged_flops(config: AotConfig, name: str) -> float:
     """FLOPs per token, solves at the price of their precision, recomputation included."""
     dense = flops(config, name, 0)
-    precision = "float32" if name == "decode" else config.model.solver.precision or MIXED
+    precision = "float32" if name == "decode" else step_precision(config.model.solver)
     solves = PASSES[precision] * (flops(config, name, config.solver_steps) - dense)
     if name == "train" and config.model.remat != "nothing":
         dense *= 4 / 3  # forward once more; with "all_but_solutions" the solves are kept

@@ -197,6 +197,26 @@ def test_a_call_takes_as_long_as_the_slowest_of_arithmetic_memory_and_links():
     assert found._replace(memory=50.0).bound == "memory" and found._replace(memory=50.0).unhidden == 70
 
 
+@pytest.mark.parametrize(
+    ("solver", "passes"),
+    [
+        ({}, 3),
+        ({"preconditioner": "none"}, 6),
+        ({"preconditioner": "none", "precision": "bfloat16"}, 1),
+        ({"precision": "float32"}, 6),
+    ],
+    ids=str,
+)
+def test_a_training_step_is_charged_with_the_passes_of_its_solves(solver, passes):
+    solver = dataclasses.replace(POD.model.solver, **solver)
+    config = dataclasses.replace(POD, model=dataclasses.replace(POD.model, solver=solver, remat="nothing"))
+    found = roofline(config, compiled("train"), CHIP, dict.fromkeys(MESH_AXES, 1), num_parameters=1000)
+    dense = flops(config, "train", 0)
+    solves = flops(config, "train", config.solver_steps) - dense
+    tokens = config.data.batch_size * config.data.length
+    assert found.computing == pytest.approx(tokens * (dense + passes * solves) / 1e6)
+
+
 def charged(config: AotConfig) -> float:
     """FLOPs of a decoded token, its solve in float32, six times as long."""
     return 6 * flops(config, "decode", config.solver_steps) - 5 * flops(config, "decode", 0)

@@ -241,6 +241,7 @@ def test_a_factor_is_made_only_for_chunks_long_enough_to_pay_for_it(c, k, serves
 # dtype of the inputs, precision of the steps, heads, tokens: 72 tokens are two chunks
 TORTURE = [
     ("float32", "float32", 400, 72),
+    ("float32", "mixed", 400, 72),
     ("bfloat16", "bfloat16_3x", 800, 16),
     ("float32", "bfloat16", 800, 16),
 ]

@@ -18,8 +18,7 @@ from mesanet_jax.flops import forward_flops, training_flops
 from pallas_kernels import SolverConfig
 from pallas_kernels.mesa_chunk.methods import MIXED
 
-# of a matrix unit; of "mixed" steps only the first of some tiles takes more
-PASSES = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1, "mixed": 3}
+PASSES = {"float32": 6, "bfloat16_3x": 3, "bfloat16": 1}  # of a matrix unit
 
 
 class Compiled(NamedTuple):
@@ -105,8 +104,7 @@ def memory_bytes(config: AotConfig, program: Compiled, mesh_shape: Mapping[str, 
 
 def step_precision(solver: SolverConfig) -> str:
     """Returns the precision of most steps in the kernels for TPUs."""
-    precision = solver.precision or MIXED
-    return "float32" if precision == MIXED and solver.preconditioner == "none" else precision
+    return solver.precisions(otherwise=MIXED)[-1]
 
 
 def _charged_flops(config: AotConfig, name: str) -> float:

@@ -21,7 +21,7 @@ from pallas_kernels.mesa_chunk.algebra import Tile
 from pallas_kernels.mesa_chunk.cases import STUDY, Case, sample
 from pallas_kernels.mesa_chunk.chunks import to_columns
 from pallas_kernels.mesa_chunk.contract import zero_state
-from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS, Method, precisions_of
+from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS, Method
 from pallas_kernels.mesa_chunk.nested import Factor
 
 TOLERANCES = (1e-4, 1e-6)
@@ -153,8 +153,7 @@ def diagonal(tile: Tile) -> jax.Array:
 
 def _nested(rhs: jax.Array, *, tile: Tile, factor: Factor | None, config: SolverConfig) -> Counts:
     """Counts what the operator's solver executes; NaN for a residual if this count has lost track of it."""
-    assert config.precision is not None  # for type checkers
-    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config, precisions_of(config.precision))
+    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config, config.precisions())
     found, executed, computed = executed_steps(problem, methods)
     truth = nested.solve_tile(rhs, tile, factor, config)
     same = jnp.all(truth.num_steps == found)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mesa_chunk.products import PRECISIONS, SIX_PASSES, UNIT_ROUNDOFF
+from pallas_kernels.mesa_chunk.products import NUM_PARTS, PRECISIONS, SIX_PASSES
 
 MIXED = "mixed"
 STEP_PRECISIONS = (*PRECISIONS, MIXED)
@@ -19,7 +19,8 @@ class Level(NamedTuple):
       search: maps the residual [k, c] to the preconditioned residual, and to whatever else follows the recurrence of
         search directions: it is added up with the same weights as they are.
       image: maps a direction, as added up of what `search` returns, to scale * A direction.
-      until: a token goes on to the next level once its residual is at most so many times what it aims at.
+      until: a token goes on to the next level, if there is one, once its residual is at most so many times what it aims
+        at.
     """
 
     search: Callable[[jax.Array], tuple[jax.Array, ...]]
@@ -55,11 +56,6 @@ def reduction(precision: str, dtype) -> float:
     return {"float32": 1e-5, SIX_PASSES: 1e-5, "bfloat16_3x": 5e-5, "bfloat16": 1e-1}[precision]
 
 
-def precisions_of(precision: str) -> tuple[str, ...]:
-    """Returns the precisions of the levels of a solve: "mixed" is two."""
-    return ("float32", "bfloat16_3x") if precision == MIXED else (precision,)
-
-
 def levels_of(
     precisions: Sequence[str], searches: Sequence[Callable], images: Sequence[Callable], share: float
 ) -> tuple[Level, ...]:
@@ -68,7 +64,7 @@ def levels_of(
     A coarser one begins where what it rounds off, the residual times its unit roundoff, is at most this share of what a
     token aims at. The share leaves room for what the condition makes of it.
     """
-    until = [*(share / UNIT_ROUNDOFF[coarser] for coarser in precisions[1:]), 0.0]
+    until = [*(share * 2.0 ** (8 * NUM_PARTS[coarser]) for coarser in precisions[1:]), 0.0]
     return tuple(map(Level, searches, images, until))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk import positive, solver
 from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrices, matrix, places, sum_down, to_column, to_row
-from pallas_kernels.mesa_chunk.methods import Method, exact_steps, levels_of, precisions_of, reduction
+from pallas_kernels.mesa_chunk.methods import Method, exact_steps, levels_of, reduction
 from pallas_kernels.mesa_chunk.products import (
     leading,
     split,
@@ -138,7 +138,7 @@ def no_factor(tile: Tile, expected: jax.Array) -> Factor:
 
 def solve_tile(rhs: jax.Array, tile: Tile, factor: Factor | None, config: SolverConfig) -> Solution:
     """Solves (H_t + Lambda) x_t = rhs_t [k, c] for every token of the chunk."""
-    problem, methods, scale = pose_tile(rhs, tile, factor, config, precisions_of(config.precision or "float32"))
+    problem, methods, scale = pose_tile(rhs, tile, factor, config, config.precisions())
     found = solver.solve(problem, methods)
     return Solution(found.solution * scale, found.residual * scale, found.num_steps)
 
@@ -151,8 +151,6 @@ def pose_tile(
     The factor where there is a usable one, and for what is left steps on the matrix itself: where little is remembered
     the ridge is most of it. `precisions` are those of the levels: config's, or how a kernel comes by them.
     """
-    if config.preconditioner == "none":  # steps are many, and those that fewer digits cost would be too
-        precisions = precisions[:1]
     problem, scale = solver.pose(matrix(tile), rhs, config)
     diagonal = None if config.preconditioner == "none" else tile.ridge
     exact = exact_steps(matrices(tile, precisions), rhs, precisions, diagonal)

@@ -15,7 +15,7 @@ from jax.lax import while_loop
 
 from pallas_kernels.mesa_chunk import algebra, nested, solver
 from pallas_kernels.mesa_chunk.contract import MesaState
-from pallas_kernels.mesa_chunk.methods import MIXED, Method, precisions_of
+from pallas_kernels.mesa_chunk.methods import MIXED, Method
 from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
 from pallas_kernels.mesa_chunk.products import SIX_PASSES, transposed_times
 from pallas_kernels.mesa_chunk.solver import Begun, Problem, Rounds, Solution, SolverConfig, Steps
@@ -210,7 +210,7 @@ class _Solved(NamedTuple):
 
 def _solve(rhs, tiles, factors, memory: Memory, config: SolverConfig) -> list[_Solved]:
     """Solves the tiles side by side and leaves solutions and residuals in memory."""
-    precisions = [SIX_PASSES if p == "float32" else p for p in precisions_of(config.precision or MIXED)]
+    precisions = [SIX_PASSES if p == "float32" else p for p in config.precisions(otherwise=MIXED)]
     posed = [nested.pose_tile(b, t, f, config, precisions) for b, t, f in zip(rhs, tiles, factors, strict=True)]
     num_steps = []
     for i, (problem, _, _) in enumerate(posed):
@@ -281,7 +281,7 @@ def _steps(problems, methods, rows: tuple[RoundRows, ...], begun: tuple[StepRows
     def advance(number, step_rows):
         after = []
         for i, row in enumerate(step_rows):
-            steps, begun = _load_steps(memory, i, row, methods[i]), Begun(rows[i].size, rows[i].num_steps)
+            steps, begun = _load_steps(memory, i, row, methods[i]), Begun(rows[i].size, rows[i].num_steps == 0)
             after.append(_store_steps(memory, i, solver.step(problems[i], methods[i], number, begun, steps)))
         return tuple(after)
 

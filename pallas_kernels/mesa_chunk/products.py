@@ -15,7 +15,6 @@ from jax import lax
 PRECISIONS = ("float32", "bfloat16_3x", "bfloat16")
 SIX_PASSES = "bfloat16_6x"  # float32 by hand: left to itself, the compiler for TPUs splits both operands in every step
 NUM_PARTS = {"bfloat16": 1, "bfloat16_3x": 2, SIX_PASSES: 3}
-UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "bfloat16_3x": 2.0**-16}
 
 COLUMNS = 16  # of a stored matrix that are loaded at once; the least there may be
 

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import while_loop
 
-from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS, Method, row_shape
+from pallas_kernels.mesa_chunk.methods import MIXED, STEP_PRECISIONS, Method, row_shape
 
 PRECONDITIONERS = ("none", "nested")
 MOST_STEPS = 10_000
+# Budgets that hardly any solve exhausts.
+ENOUGH_STEPS = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,13 @@ class SolverConfig:
       preconditioner: "none" for plain conjugate gradient. "nested" shares one factor among all tokens of a chunk
         (README.md, section 3) and needs far fewer steps where little is forgotten; tiles that forget fast, short chunks
         and single tokens are preconditioned by the ridge alone.
-      precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16", or "mixed" for
-        "float32" only until as much of the residual is gone as lets the second do. Residuals are computed anew in
-        float32 after a round of steps, so that a lower precision costs steps before it costs accuracy. Where a
-        condition is beyond what a precision resolves, steps do not converge, and reports tell; what "mixed" leaves is
-        solved in float32, with the steps that remain. None is "mixed" in the kernels for TPUs, whose matrix units
-        multiply bfloat16, and "float32" elsewhere. Single tokens, and tiles with no preconditioner, are solved in
-        float32 where "mixed" is asked for.
+      precision: of the matrix products inside a step, "float32", "bfloat16_3x" or "bfloat16". "mixed" begins in
+        float32 and goes on in bfloat16_3x as soon as the residual lets it (README.md, section 2). Residuals are
+        computed anew in float32 after a round of steps, so that a lower precision costs steps before it costs accuracy.
+        Where a condition is beyond what a precision resolves, steps do not converge, and reports tell; what a first
+        round of "mixed" leaves is solved in float32. None is "float32", except in the kernels for TPUs, whose matrix
+        units multiply bfloat16: there it is "mixed", for the preconditioner "nested" and a budget of 30 steps or more.
+        `mesa_step` computes in float32.
       adjoint_max_steps, adjoint_tolerance: the same for the solve of the backward pass; None takes those above.
     """
 
@@ -73,6 +75,15 @@ class SolverConfig:
                 f"SolverConfig: max_steps={self.max_steps} and adjoint_max_steps={self.adjoint_max_steps}: linear "
                 "attention has no solve either way, so set both to 0 or neither."
             )
+
+    def precisions(self, otherwise: str = "float32") -> tuple[str, ...]:
+        """Returns those of the levels of a solve (methods.Level); `otherwise` is taken if none is named and it may be.
+
+        Fewer digits cost some tokens steps: of plain ones, which are many as it is, and out of small budgets, none.
+        """
+        spared = self.preconditioner == "none" or self.max_steps < ENOUGH_STEPS
+        precision = self.precision or ("float32" if spared else otherwise)
+        return ("float32", "bfloat16_3x") if precision == MIXED else (precision,)
 
     @property
     def adjoint(self) -> "SolverConfig":
@@ -135,7 +146,7 @@ def take_steps(problem: "Problem", method: Method, rounds: "Rounds") -> "Steps":
 
 def take_level(problem: "Problem", method: Method, number: int, rounds: "Rounds", steps: "Steps") -> "Steps":
     """Takes the steps of one level, whose number counts from 1."""
-    begun = Begun(rounds.size, rounds.found.num_steps)
+    begun = Begun(rounds.size, rounds.found.num_steps == 0)
     return while_loop(
         lambda steps: _any(steps.level == number), lambda steps: step(problem, method, number, begun, steps), steps
     )
@@ -159,10 +170,10 @@ class Rounds(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """Where tokens stood when a round began, [1, c] each, as in Rounds."""
+    """How a round began, [1, c] each."""
 
-    size: jax.Array
-    num_steps: jax.Array
+    size: jax.Array  # squared norm of the residual
+    is_first: jax.Array  # bool, whether it is the token's first
 
 
 class Steps(NamedTuple):
@@ -223,15 +234,16 @@ def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:
 def first_step(problem: Problem, method: Method, rounds: Rounds) -> Steps:
     """Returns where tokens stand at the beginning of a round."""
     residual = rounds.found.residual * method.scale
-    zero, begun = jnp.zeros_like(residual), Begun(rounds.size, rounds.found.num_steps)
+    zero, num_steps = jnp.zeros_like(residual), rounds.found.num_steps
+    begun = Begun(rounds.size, num_steps == 0)
     return Steps(
         zero,
         residual,
         (zero,) * method.num_directions,
         rounds.size,
         jnp.zeros_like(rounds.size),
-        rounds.found.num_steps,
-        _level(problem, method, begun, rounds.wanted, *begun),
+        num_steps,
+        _level(problem, method, begun, level=rounds.wanted, size=rounds.size, num_steps=num_steps),
     )
 
 
@@ -278,7 +290,7 @@ def _level(problem: Problem, method: Method, begun: Begun, level, size, num_step
     aim = jnp.maximum(_AIM**2 * problem.target, method.reduction**2 * begun.size)
     going = (level > 0) & (size > aim) & (size <= _GROWTH**2 * begun.size) & (num_steps < problem.max_steps)
     for number, before in enumerate(method.levels[:-1], 2):
-        level = jnp.where((begun.num_steps == 0) & (size <= before.until**2 * aim), jnp.maximum(level, number), level)
+        level = jnp.where(begun.is_first & (size <= before.until**2 * aim), jnp.maximum(level, number), level)
     return jnp.where(going, level, 0.0)
 
 

@@ -45,6 +45,9 @@ def test_no_output_depends_on_later_tokens_not_even_in_what_is_left_unsolved(nam
     np.testing.assert_array_equal(num_steps[:, :last], same_steps[:, :last])
     assert (before[:, last:] != after[:, last:]).any()
     assert (num_steps[:, :last] < 6).all(), "converged, so that nothing could have been seen"
+    converged, _ = few_steps(HISTORY, ids, SolverConfig(max_steps=100, tolerance=0.0))
+    left = np.abs(before - converged)[:, 64:last].max() / np.abs(converged).max()  # in the chunk of what changes
+    assert left > 1e-5, "converged, so that nothing could have been seen"
 
 
 def test_a_memory_that_cannot_be_factored_changes_nothing_in_the_next_document():

@@ -13,10 +13,29 @@ from pallas_kernels import SolverConfig
 from pallas_kernels.mesa_chunk import chunks, nested, solver, xla
 from pallas_kernels.mesa_chunk.cases import STUDY, sample
 from pallas_kernels.mesa_chunk.contract import zero_state
-from pallas_kernels.mesa_chunk.methods import precisions_of
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import TpuConfig
 
 MIXED = SolverConfig(precision="mixed")
+
+
+@pytest.mark.parametrize(
+    ("fields", "elsewhere", "on_tpus"),
+    [
+        ({}, ["float32"], ["float32", "bfloat16_3x"]),
+        ({"max_steps": 29}, ["float32"], ["float32"]),
+        ({"preconditioner": "none"}, ["float32"], ["float32"]),
+        ({"precision": "bfloat16"}, ["bfloat16"], ["bfloat16"]),
+        ({"precision": "mixed", "preconditioner": "none", "max_steps": 3}, *2 * [["float32", "bfloat16_3x"]]),
+        ({"adjoint_max_steps": 5}, ["float32"], ["float32", "bfloat16_3x"]),
+    ],
+    ids=str,
+)
+def test_fewer_digits_are_taken_if_asked_for_or_where_no_token_loses_by_them(fields, elsewhere, on_tpus):
+    config = SolverConfig(**fields)
+    assert list(config.precisions()) == elsewhere
+    assert list(config.precisions(otherwise="mixed")) == on_tpus
+    if config.adjoint_max_steps:
+        assert list(config.adjoint.precisions(otherwise="mixed")) == ["float32"]
 
 
 def second_tile(name: str, config: SolverConfig = MIXED):
@@ -32,7 +51,7 @@ def second_tile(name: str, config: SolverConfig = MIXED):
 
 def begin(rhs, tile, factor, config: SolverConfig = MIXED):
     """The problem, its first method, its first round, and where tokens stand when that begins."""
-    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config, precisions_of("mixed"))
+    problem, methods, _ = nested.pose_tile(rhs, tile, factor, config, MIXED.precisions())
     rounds = solver.first_round(problem, methods[0], solver.nothing_found(problem))
     return problem, methods[0], rounds, solver.first_step(problem, methods[0], rounds)
 
@@ -60,7 +79,7 @@ def test_a_token_waits_as_it_is_for_those_that_still_need_all_digits():
     problem, method, rounds, steps = begin(rhs, tile, None, dataclasses.replace(MIXED, tolerance=1e-6))
     seen_waiting = 0
     while (steps.level == 1).any():
-        begun = solver.Begun(rounds.size, rounds.found.num_steps)
+        begun = solver.Begun(rounds.size, rounds.found.num_steps == 0)
         waits = np.asarray(steps.level[0] == 2)
         before, steps = steps, solver.step(problem, method, 1, begun, steps)
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(steps), strict=True):
@@ -83,7 +102,7 @@ def test_no_method_touches_the_tokens_of_another():
 @pytest.mark.parametrize("wrong", [0.3, 0.0, -1.0, math.nan, math.inf])
 def test_what_the_coarser_steps_get_wrong_is_solved_in_full(wrong):
     rhs, tile, _ = second_tile("silu, 0.95-1")
-    problem, (method,), _ = nested.pose_tile(rhs, tile, None, MIXED, precisions_of("mixed"))
+    problem, (method,), _ = nested.pose_tile(rhs, tile, None, MIXED, MIXED.precisions())
     whole, coarse = method.levels
     broken = coarse._replace(image=lambda direction: wrong * whole.image(direction))
     found = solver.solve(problem, (method._replace(levels=(whole, broken)),))

@@ -172,8 +172,7 @@ def test_a_batch_of_calls_compiles():
 @pytest.mark.parametrize(
     ("key_dim", "value_dim", "precision", "preconditioner"),
     [
-        (128, 128, None, "nested"),
-        (128, 128, "float32", "nested"),
+        (128, 128, None, "nested"),  # steps in float32 and in bfloat16_3x, with the factor and on the matrix
         (128, 128, "bfloat16_3x", "nested"),
         (64, 96, "bfloat16", "nested"),
         (256, 256, "float32", "nested"),

@@ -92,12 +92,17 @@ def check_sequences(operator: str, named: dict, *, first: str, time_axis: bool) 
 
 def _check_ridge(operator: str, ridge) -> None:
     """A system that is not positive definite has no solve, and the zeros it leaves look like an answer."""
-    if isinstance(ridge, Tracer) or not getattr(ridge, "is_fully_addressable", True):
-        return  # under jit only shapes are known, of an array across hosts only a part
-    values = np.asarray(ridge, np.float64)
-    wrong = ~(values > 0)
+    if (values := _known(ridge)) is None:
+        return
+    wrong = ~(values.astype(np.float64) > 0)  # of smaller types numpy warns when it compares NaN
     if wrong.any():
         raise ValueError(f"{operator}: ridge has {values[wrong][0]}; every entry must be positive.")
+
+
+def _known(array) -> np.ndarray | None:
+    """Returns the values, or None: under jit only shapes are known, of an array across hosts only a part."""
+    known = not isinstance(array, Tracer) and getattr(array, "is_fully_addressable", True)
+    return np.asarray(array) if known else None
 
 
 def _check_floating(operator: str, named: dict) -> None:
@@ -125,9 +130,9 @@ def check_segment_ids(operator: str, segment_ids, shape: tuple[int, ...]) -> Non
         raise TypeError(f"{operator}: segment_ids have dtype {segment_ids.dtype}; pass integers.")
     if segment_ids.shape != shape:
         raise ValueError(f"{operator}: segment_ids have shape {segment_ids.shape}; they must be [b, t] = {shape}.")
-    if isinstance(segment_ids, Tracer):
-        return  # under jit only shapes are known
-    for row, ids in enumerate(np.asarray(segment_ids)):
+    if (values := _known(segment_ids)) is None:
+        return
+    for row, ids in enumerate(values):
         ids = ids[ids >= 0]
         if (np.diff(ids) < 0).any():
             raise ValueError(

@@ -52,7 +52,7 @@ def start_anew(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         mark.touch()
     except OSError as error:
-        raise UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.") from None
+        raise unwritable("output", output, error, "folder") from None
 
 
 def check_page(field: str, page: Path, mark: str) -> None:
@@ -79,9 +79,9 @@ def is_page(page: Path, mark: str) -> bool:
     return mark in page.read_text(encoding="utf-8", errors="replace")
 
 
-def unwritable(field: str, page: Path, error: OSError) -> UserError:
-    """Says that the page of a field cannot be written."""
-    return UserError(f"{field}: {page} cannot be written ({error.strerror}); give another file.")
+def unwritable(field: str, path: Path, error: OSError, kind: str = "file") -> UserError:
+    """Says that the path of a field cannot be written."""
+    return UserError(f"{field}: {path} cannot be written ({error.strerror}); give another {kind}.")
 
 
 def _guarded(call: Callable[[], object]) -> None:

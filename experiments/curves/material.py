@@ -127,7 +127,7 @@ def check_output(output: Path, mark: str) -> None:
         held = {path.name for path in output.iterdir() if not path.name.startswith(DRAFT)} if output.exists() else ()
         ours = not held or ("report.html" in held and cli.is_page(output / "report.html", mark))
     except OSError as error:
-        raise _unwritable(output, error) from None
+        raise cli.unwritable("output", output, error, "folder") from None
     if not ours:
         raise UserError(f"output: {output} is not empty and holds no earlier page of this command; give a new folder.")
 
@@ -143,7 +143,7 @@ def drafted(output: Path) -> Iterator[Path]:
         output.mkdir(parents=True, exist_ok=True)
         draft = tempfile.TemporaryDirectory(dir=output, prefix=DRAFT)
     except OSError as error:
-        raise _unwritable(output, error) from None
+        raise cli.unwritable("output", output, error, "folder") from None
     with draft as folder:
         yield Path(folder)
         for path in sorted(Path(folder).iterdir()):
@@ -161,10 +161,6 @@ def room_in(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"output: {output} has no room ({error.strerror}); what it held is untouched.") from None
-
-
-def _unwritable(output: Path, error: OSError) -> UserError:
-    return UserError(f"output: {output} cannot be written ({error.strerror}); give another folder.")
 
 
 def _same_tokens(documents: Sequence[list[Document]]) -> bool:

@@ -144,7 +144,7 @@ def main(config: EvaluateConfig) -> None:
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output: {config.output} cannot be written ({error.strerror}); give another folder.") from None
+        raise cli.unwritable("output", config.output, error, "folder") from None
     seeds = [open_seed(one, *sizes) for one in trained]
     print(f"looked at the scenes of {len(seeds)} seeds; trying {len(config.methods)} methods", flush=True)
     results = evaluate(seeds, config)

@@ -10,6 +10,7 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
+from experiments import cli
 from experiments.cli import UserError
 from r2t2_jax.fingerprint import fingerprint
 from r2t2_jax.models import FrozenModel
@@ -38,7 +39,7 @@ def create(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "train.json", json.dumps(settings, indent=1).encode())
     except OSError as error:
-        raise UserError(f"output: {folder} cannot be written ({error.strerror}); give another folder.") from None
+        raise cli.unwritable("output", folder, error, "folder") from None
 
 
 def write(path: Path, content: bytes) -> None:

@@ -1,7 +1,6 @@
 """Compilations in child processes: what an abort leaves behind, and one real row where libtpu is installed."""
 
 import dataclasses
-import importlib.util
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from test_lower_dumps import BUNDLES, UTILIZATION, VMEM_REPORT
 
 from experiments.lower import measure
 from experiments.lower.kernels import KERNELS, Kernel, Operator
+from tests.pallas_kernels.ahead_of_time import needs_libtpu
 
 AROUND = Operator(name="descent", case="around", build=lambda: 1 / 0, per=10, per_name="input")
 FAKE = Kernel(name="descent", case="5m", build=lambda *numbers: 1 / 0, steps=(5, 10), per=10, per_name="input")
@@ -141,7 +141,7 @@ def test_rows_are_told_apart_by_kernel_and_case_and_are_divided_by_something():
         assert callable(function) and arguments
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+@needs_libtpu
 def test_a_real_row_has_everything():
     row = next(kernel for kernel in KERNELS if kernel.name == "router_descent")
     cost = measure.measure(row, "v6e")

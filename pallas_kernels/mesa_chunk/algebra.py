@@ -6,6 +6,7 @@ of accelerators add without shuffling. Products run in full precision, unless th
 and GPUs the default is lower than float32, and residuals would stall at it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mesa_chunk.products import (
-    leading,
-    split,
+    split_for,
     times,
     times_marks,
     times_parts,
@@ -104,18 +104,13 @@ def matrix(tile: Tile) -> Callable[[jax.Array], jax.Array]:
 def matrices(tile: Tile, precisions: Sequence[str]) -> list[Callable[[jax.Array], jax.Array]]:
     """Returns `matrix` at each of these precisions, the first of which is the finest."""
     strengths, into = _strengths(tile), tile.decays.into
-    parts = [split(x, precisions[0]) for x in (tile.kk, tile.k, transpose(tile.k))]
 
-    def matrix_at(precision):
-        state, keys, columns = (leading(x, precision) for x in parts)
+    def apply(state, keys, columns, x):
+        weights = times_parts(keys, x) * strengths
+        return into * times_parts(state, x) + times_parts(columns, weights) + tile.ridge * x
 
-        def apply(x):
-            weights = times_parts(keys, x) * strengths
-            return into * times_parts(state, x) + times_parts(columns, weights) + tile.ridge * x
-
-        return apply
-
-    return [matrix_at(precision) for precision in precisions]
+    parts = split_for((tile.kk, tile.k, transpose(tile.k)), precisions)
+    return [functools.partial(apply, *matrices) for matrices in parts]
 
 
 def read_out(x: jax.Array, tile: Tile) -> jax.Array:

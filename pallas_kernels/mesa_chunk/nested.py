@@ -1,5 +1,6 @@
 """The nested preconditioner: one factor that nearly solves all tokens of a chunk (README.md, section 3)."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,8 +12,7 @@ from pallas_kernels.mesa_chunk import positive, solver
 from pallas_kernels.mesa_chunk.algebra import Decays, Tile, matrices, matrix, places, sum_down, to_column, to_row
 from pallas_kernels.mesa_chunk.methods import Method, exact_steps, levels_of, reduction
 from pallas_kernels.mesa_chunk.products import (
-    leading,
-    split,
+    split_for,
     times,
     times_parts,
     times_transposed,
@@ -165,22 +165,18 @@ def _nested(tile: Tile, factor: Factor, precisions: Sequence[str]) -> Method:
     decays, frozen = tile.decays, _frozen(tile.decays, factor.log_anchor)
     ridge = frozen.anchor * tile.ridge
     shift = frozen.scale * tile.ridge - ridge
-    parts = [split(x, precisions[0]) for x in (factor.inverse, factor.rows, transpose(factor.rows))]
     # what every step would compute anew: one of the two is 0 for every token
     dense, diagonal = jnp.where(decays.in_first, 1.0, 0.0), jnp.where(decays.in_first, 0.0, 1 / ridge)
     visible = jnp.where(decays.visible, 1.0, 0.0)
 
-    def search_at(precision):
-        inverse, rows, columns = (leading(x, precision) for x in parts)
+    def search(inverse, rows, columns, r):
+        taken = times_parts(rows, r) * visible
+        z = dense * times_parts(inverse, r) + diagonal * r - times_parts(columns, taken)
+        return z, r + shift * z
 
-        def search(r):
-            taken = times_parts(rows, r) * visible
-            z = dense * times_parts(inverse, r) + diagonal * r - times_parts(columns, taken)
-            return z, r + shift * z
-
-        return search
-
-    searches, images = map(search_at, precisions), [lambda direction, image: image] * len(precisions)
+    parts = split_for((factor.inverse, factor.rows, transpose(factor.rows)), precisions)
+    searches = [functools.partial(search, *matrices) for matrices in parts]
+    images = [lambda direction, image: image] * len(precisions)
     return Method(
         levels=levels_of(precisions, searches, images, share=0.1),
         wanted=factor.usable,

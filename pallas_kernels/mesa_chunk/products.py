@@ -7,6 +7,7 @@ all its products.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,13 @@ def split(x: jax.Array | Stored, precision: str) -> Parts:
     return (*parts, x.astype(jnp.bfloat16))
 
 
-def leading(parts: Parts, precision: str) -> Parts:
+def split_for(matrices: Sequence[jax.Array | Stored], precisions: Sequence[str]) -> list[list[Parts]]:
+    """Returns for each precision, the first of which is the finest, the parts of all matrices; they are split once."""
+    finest = [split(x, precisions[0]) for x in matrices]
+    return [[_leading(parts, precision) for parts in finest] for precision in precisions]
+
+
+def _leading(parts: Parts, precision: str) -> Parts:
     """Returns those of a matrix's parts that products at this precision use, which is no finer than theirs."""
     if isinstance(parts, Stored):
         return split(parts, precision)

@@ -146,9 +146,10 @@ def take_steps(problem: "Problem", method: Method, rounds: "Rounds") -> "Steps":
 
 def take_level(problem: "Problem", method: Method, number: int, rounds: "Rounds", steps: "Steps") -> "Steps":
     """Takes the steps of one level, whose number counts from 1."""
-    begun = Begun(rounds.size, rounds.found.num_steps == 0)
     return while_loop(
-        lambda steps: _any(steps.level == number), lambda steps: step(problem, method, number, begun, steps), steps
+        lambda steps: _any(steps.level == number),
+        lambda steps: step(problem, method, number, rounds.begun, steps),
+        steps,
     )
 
 
@@ -161,6 +162,13 @@ class Problem(NamedTuple):
     max_steps: int
 
 
+class Begun(NamedTuple):
+    """How a round began, [1, c] each."""
+
+    size: jax.Array  # squared norm of the residual
+    is_first: jax.Array  # bool, whether it is the token's first
+
+
 class Rounds(NamedTuple):
     """Where tokens stand between two rounds of steps."""
 
@@ -168,12 +176,10 @@ class Rounds(NamedTuple):
     size: jax.Array  # [1, c] squared norm of the residual
     wanted: jax.Array  # [1, c] 1 where the token goes on, else 0, in float32: loops of kernels carry no booleans
 
-
-class Begun(NamedTuple):
-    """How a round began, [1, c] each."""
-
-    size: jax.Array  # squared norm of the residual
-    is_first: jax.Array  # bool, whether it is the token's first
+    @property
+    def begun(self) -> Begun:
+        """How a round begins here."""
+        return Begun(self.size, self.found.num_steps == 0)
 
 
 class Steps(NamedTuple):
@@ -235,7 +241,6 @@ def first_step(problem: Problem, method: Method, rounds: Rounds) -> Steps:
     """Returns where tokens stand at the beginning of a round."""
     residual = rounds.found.residual * method.scale
     zero, num_steps = jnp.zeros_like(residual), rounds.found.num_steps
-    begun = Begun(rounds.size, num_steps == 0)
     return Steps(
         zero,
         residual,
@@ -243,7 +248,7 @@ def first_step(problem: Problem, method: Method, rounds: Rounds) -> Steps:
         rounds.size,
         jnp.zeros_like(rounds.size),
         num_steps,
-        _level(problem, method, begun, level=rounds.wanted, size=rounds.size, num_steps=num_steps),
+        _level(problem, method, rounds.begun, level=rounds.wanted, size=rounds.size, num_steps=num_steps),
     )
 
 
@@ -309,7 +314,7 @@ def end_round(problem: Problem, method: Method, rounds: Rounds, steps: Steps) ->
     size = jnp.where(accept, size, rounds.size)
     goes_on = size < _PROGRESS**2 * rounds.size
     if len(method.levels) > 1:  # what fewer digits cannot solve others may
-        goes_on |= rounds.found.num_steps == 0
+        goes_on |= rounds.begun.is_first
     wanted = (rounds.wanted > 0) & goes_on & _unsolved(problem, size, steps.num_steps)
     return Rounds(found, size, wanted.astype(jnp.float32))
 

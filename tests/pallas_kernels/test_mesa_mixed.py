@@ -79,9 +79,8 @@ def test_a_token_waits_as_it_is_for_those_that_still_need_all_digits():
     problem, method, rounds, steps = begin(rhs, tile, None, dataclasses.replace(MIXED, tolerance=1e-6))
     seen_waiting = 0
     while (steps.level == 1).any():
-        begun = solver.Begun(rounds.size, rounds.found.num_steps == 0)
         waits = np.asarray(steps.level[0] == 2)
-        before, steps = steps, solver.step(problem, method, 1, begun, steps)
+        before, steps = steps, solver.step(problem, method, 1, rounds.begun, steps)
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(steps), strict=True):
             np.testing.assert_array_equal(old[:, waits], new[:, waits])
         seen_waiting += waits.sum()

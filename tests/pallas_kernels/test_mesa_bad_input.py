@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step, mesa_summary
+from pallas_kernels.mesa_chunk import contract
 
 CHUNK = dict(
     q=jnp.ones((2, 4, 3, 5)),
@@ -151,3 +152,16 @@ def test_solver_config_takes_the_numbers_of_numpy():
     config = SolverConfig(max_steps=np.int64(3), tolerance=np.float32(0.5))
     assert config == SolverConfig(max_steps=3, tolerance=0.5)
     assert (type(config.max_steps), type(config.tolerance)) == (int, float)
+
+
+class _AcrossHosts:
+    """What an array looks like of which this process holds only a part."""
+
+    dtype, shape, is_fully_addressable = np.dtype(np.int32), (1, 3), False
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("spans non-addressable devices")
+
+
+def test_values_of_an_array_across_hosts_are_not_asked_for():
+    contract.check_segment_ids("mesa_chunk", _AcrossHosts(), (1, 3))

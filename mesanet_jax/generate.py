@@ -140,7 +140,7 @@ def _sample(model: MesaNet, params, prompt, key, num_tokens: int, sampling, stop
         logits, state, new_report = read(token[:, None], state)
         return (logits[:, -1], state, _of_last(new_report), stopped), (token, report)
 
-    start = (logits[:, -1], state, _of_last(report), jnp.zeros(prompt.shape[0], bool))
+    start = (logits[:, -1], state, _of_last(report), jnp.zeros_like(prompt[:, 0], bool))
     _, (tokens, reports) = jax.lax.scan(draw_and_advance, start, jax.random.split(key, num_tokens))
     return tokens.T, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), reports)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mesanet_jax.shapes import Gates, SegmentIds
+from pallas_kernels.manual import vary_alike
 from pallas_kernels.mesa_chunk.api import document_starts
 from pallas_kernels.mesa_chunk.chunks import even_length, to_chunks, to_sequence
 
@@ -38,7 +39,7 @@ def linear_attention(
     Returns:
       (o [b, t, h, v] in the dtype of v, the last S in float32).
     """
-    tile = _cut(q, k, v, log_decay, beta, segment_ids)
+    tile, start = vary_alike((_cut(q, k, v, log_decay, beta, segment_ids), _start(state, k, v)))
     written = tile.beta[..., None] * tile.v
     added = _product("...ck,...cv->...kv", tile.k * tile.out[..., None], written)
 
@@ -46,7 +47,7 @@ def linear_attention(
         through, added = inputs
         return through * state + added, state
 
-    final, before = jax.lax.scan(chunk, _start(state, k, v), (tile.through, added))
+    final, before = jax.lax.scan(chunk, start, (tile.through, added))
     return _read(tile, before, written, v), final
 
 
@@ -66,7 +67,7 @@ def delta_rule(
     state before a chunk adds to them is found one chunk after the other. Arguments and results are those of
     `linear_attention`; keys should have length 1 and beta lie in [0, 1], or else S may grow.
     """
-    tile = _cut(q, k, v, log_decay, beta, segment_ids)
+    tile, start = vary_alike((_cut(q, k, v, log_decay, beta, segment_ids), _start(state, k, v)))
     earlier = jnp.tril(tile.within, -1) * _product("...ck,...sk->...cs", tile.k, tile.k)
     faded = (tile.beta * tile.into)[..., None] * tile.k
     known = jnp.concatenate([tile.beta[..., None] * tile.v, faded], axis=-1).astype(earlier.dtype)
@@ -79,7 +80,7 @@ def delta_rule(
         return through * state + _product("...ck,...cv->...kv", k, written), (state, written)
 
     arrays = tile.through, tile.k * tile.out[..., None], values, reads
-    final, (before, written) = jax.lax.scan(chunk, _start(state, k, v), arrays)
+    final, (before, written) = jax.lax.scan(chunk, start, arrays)
     return _read(tile, before, written, v), final
 
 

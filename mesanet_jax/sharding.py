@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
@@ -192,10 +192,10 @@ def _one_token(q, k, v, log_decay, beta, ridge, state, _, **choices):
 
 
 def mesh_in_use() -> jax.sharding.AbstractMesh:
-    """Returns the mesh of `jax.set_mesh`, an empty one if there is none."""
+    """Returns the mesh of `jax.set_mesh`, an empty one if there is none or all of it has been split by hand."""
     mesh = jax.sharding.get_abstract_mesh()
     _refuse_explicit(mesh)
-    return mesh
+    return mesh if set(mesh.axis_names) - set(mesh.manual_axes) else AbstractMesh((), ())
 
 
 def _refuse_explicit(mesh) -> None:

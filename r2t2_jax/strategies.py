@@ -276,7 +276,7 @@ def draw_back(routing: Routing, start: Routing, limit: float, groups: tuple[int,
         near = divergence(start, at(middle)) <= limit
         return jnp.where(near, middle, low), jnp.where(near, high, middle)
 
-    bounds = jnp.zeros(len(start), start.dtype), jnp.ones(len(start), start.dtype)
+    bounds = jnp.zeros_like(start[:, 0]), jnp.ones_like(start[:, 0])
     inside = divergence(start, routing) <= limit
     return jnp.where(inside[:, None], routing, at(jax.lax.fori_loop(0, 20, halve, bounds)[0]))
 
@@ -315,6 +315,6 @@ def _best_between(problem: Problem, target: Routing, steps: int) -> Routing:
         falling = slope(middle) < 0
         return jnp.where(falling, middle, low), jnp.where(falling, high, middle)
 
-    start = jnp.zeros(len(way), way.dtype), jnp.ones(len(way), way.dtype)
+    start = jnp.zeros_like(way[:, 0]), jnp.ones_like(way[:, 0])
     low, high = jax.lax.fori_loop(0, steps, halve, start)
     return target + ((low + high) / 2)[:, None] * way

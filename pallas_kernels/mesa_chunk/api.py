@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, manual
 from pallas_kernels.mesa_chunk import pallas_gpu, pallas_tpu, vjp
 from pallas_kernels.mesa_chunk.contract import (
     LOWEST_LOG_DECAY,
@@ -89,7 +89,7 @@ def mesa_chunk(
     # the gate of a document's first token acts on nothing; a constant in its place has no rounding for a gradient
     log_decay = jnp.where(starts[..., None] == 1, 0, jnp.maximum(log_decay, LOWEST_LOG_DECAY))
     q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
-    inputs = (q, k, v, log_decay, beta, ridge, state.astype(dtype), starts)
+    inputs = manual.vary_alike((q, k, v, log_decay, beta, ridge, state.astype(dtype), starts))
     if chosen == "reference":
         out, final, report = mesa_chunk_reference(*inputs)
     else:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.manual import result_like
 from pallas_kernels.mesa_chunk import algebra, pallas_gpu_kernel, work, xla
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.nested import Factor
@@ -114,10 +115,11 @@ def solve_tiles(
         results = Solution(*refs[len(arrays) :])
         pallas_gpu_kernel.solve(rhs, tile._replace(decays=decays), factor, results, config=solver)
 
+    shape = functools.partial(result_like, arrays[0])
     results = Solution(
-        solution=jax.ShapeDtypeStruct((num_tiles, k, c), jnp.float32),
-        residual=jax.ShapeDtypeStruct((num_tiles, k, c), jnp.float32),
-        num_steps=jax.ShapeDtypeStruct((num_tiles, 1, c), jnp.int32),
+        solution=shape((num_tiles, k, c)),
+        residual=shape((num_tiles, k, c)),
+        num_steps=shape((num_tiles, 1, c), jnp.int32),
     )
     found = pl.pallas_call(
         mesa_chunk_solve,

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.manual import result_like
 from pallas_kernels.mesa_chunk import pallas_tpu_kernel
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, MEBIBYTE
 
@@ -53,7 +54,7 @@ def inverse_root(
         grid=(num_blocks,),
         in_specs=[pl.BlockSpec((1, 1, 1), lambda i: (i, 0, 0)), block],
         out_specs=block,
-        out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+        out_shape=result_like(rows, rows.shape),
         # rows are not a power of two apart, since loads at the same place of several would get into each other's way
         scratch_shapes=[pltpu.VMEM((n, n + SUBLANES, LANES), jnp.float32)],
         cost_estimate=pl.CostEstimate(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.manual import result_like
 from pallas_kernels.mesa_chunk.pallas_tpu_kernel import Memory
 
 LANES = 128
@@ -126,7 +127,7 @@ def _run(kernel, name, arrays, begun, shapes, flops, config: TpuConfig, interpre
         return pl.BlockSpec((g, *shape), lambda i, j: (i, *[0] * len(shape)))
 
     def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        return result_like(arrays[0], shape)
 
     results = pl.pallas_call(
         kernel,

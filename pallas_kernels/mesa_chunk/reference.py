@@ -28,7 +28,7 @@ def mesa_chunk_reference(
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, beta, starts))
     state, (out, residual) = jax.lax.scan(token, state, by_time)
     residual = jnp.moveaxis(residual, 0, 1)
-    return jnp.moveaxis(out, 0, 1), state, SolveReport(jnp.zeros(residual.shape, jnp.int32), residual)
+    return jnp.moveaxis(out, 0, 1), state, SolveReport(jnp.zeros_like(residual, jnp.int32), residual)
 
 
 def _relative_residual(matrix: jax.Array, x: jax.Array, q: jax.Array) -> jax.Array:

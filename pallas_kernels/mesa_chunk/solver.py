@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import while_loop
 
-from pallas_kernels.mesa_chunk.methods import MIXED, STEP_PRECISIONS, Method, row_shape
+from pallas_kernels.mesa_chunk.methods import MIXED, STEP_PRECISIONS, Method
 
 PRECONDITIONERS = ("none", "nested")
 MOST_STEPS = 10_000
@@ -218,7 +218,7 @@ def pose(apply_matrix, rhs: jax.Array, config: SolverConfig) -> tuple[Problem, j
 def nothing_found(problem: Problem) -> Solution:
     """Returns the start of every solve: 0, after no step."""
     rhs = problem.rhs
-    return Solution(jnp.zeros_like(rhs), rhs, jnp.zeros(row_shape(rhs), jnp.int32))
+    return Solution(jnp.zeros_like(rhs), rhs, jnp.zeros_like(problem.target, jnp.int32))
 
 
 def first_round(problem: Problem, method: Method, found: Solution) -> Rounds:

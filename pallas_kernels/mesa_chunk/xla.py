@@ -56,7 +56,7 @@ def forward(
     def solve_and_read(inputs):
         q, tile, expected = inputs
         if not solver.max_steps:
-            report = jnp.zeros(tile.decays.into.shape, jnp.int32), relative_size(q - algebra.matrix(tile)(q), q)
+            report = jnp.zeros_like(tile.decays.into, jnp.int32), relative_size(q - algebra.matrix(tile)(q), q)
             return algebra.read_out(q, tile), q, report, None
         factor = factor_tile(tile, expected, solver)
         found = solve_tile(q, tile, factor, solver)

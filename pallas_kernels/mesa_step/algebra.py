@@ -31,7 +31,7 @@ def solve(
         return times_state(x) + ridge * x
 
     if not config.max_steps:
-        return Solution(rhs, rhs - apply_matrix(rhs), jnp.zeros(rhs[..., :1, :].shape, jnp.int32))
+        return Solution(rhs, rhs - apply_matrix(rhs), jnp.zeros_like(rhs[..., :1, :], jnp.int32))
     problem, scale = solver.pose(apply_matrix, rhs, config)
     diagonal = None if config.preconditioner == "none" else ridge
     found = solver.solve(problem, (exact_steps([apply_matrix], rhs, diagonal=diagonal),))

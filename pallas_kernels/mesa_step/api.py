@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, manual
 from pallas_kernels.mesa_chunk.api import mesa_chunk
 from pallas_kernels.mesa_chunk.contract import LOWEST_LOG_DECAY, MesaState, SolveReport, check_inputs, solver_dtype
 from pallas_kernels.mesa_chunk.solver import SolverConfig, check_solver
@@ -54,7 +54,8 @@ def mesa_step(
         )
     log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)
     q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in (q, k, v, log_decay, beta, ridge))
-    out, state, report = _step(q, k, v, log_decay, beta, ridge, state.astype(dtype), solver, chosen)
+    inputs = manual.vary_alike((q, k, v, log_decay, beta, ridge, state.astype(dtype)))
+    out, state, report = _step(*inputs, solver, chosen)
     out = out.astype(out_dtype)
     return (out, state, report) if with_report else (out, state)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.manual import result_like
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.solver import SolverConfig
 from pallas_kernels.mesa_step import pallas_gpu_kernel
@@ -52,10 +53,11 @@ def forward(
     log_decay, beta = log_decay[..., None, None], beta[..., None, None]
     token = Token(q[..., None], k[..., None], v[..., None, :], log_decay, beta, ridge[..., None])
     arrays = [_whole_blocks(x.reshape(num_heads, *x.shape[2:])) for x in (*token, *state)]
+    shape = functools.partial(result_like, arrays[0])
     results = StepResults(
-        *(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (arrays[2], *arrays[-2:])),
-        num_steps=jax.ShapeDtypeStruct((num_heads, 1, 1), jnp.int32),
-        residual=jax.ShapeDtypeStruct((num_heads, 1, 1), jnp.float32),
+        *(shape(x.shape) for x in (arrays[2], *arrays[-2:])),
+        num_steps=shape((num_heads, 1, 1), jnp.int32),
+        residual=shape((num_heads, 1, 1)),
     )
 
     def mesa_step(*refs):  # the Triton path calls a kernel by the name of its function

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.manual import result_like
 from pallas_kernels.mesa_chunk.contract import MesaState, SolveReport
 from pallas_kernels.mesa_chunk.pallas_tpu import why_not
 from pallas_kernels.mesa_chunk.pallas_tpu_tiles import LANES, MEBIBYTE
@@ -50,13 +51,13 @@ def forward(
     token, state = jax.tree.map(lambda x: x.reshape(num_heads, *x.shape[2:]), arrays)
     g = _heads_at_once(num_heads, q.shape[-1], v.shape[-1], config)
     programs = -(-num_heads // g)
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    shape = functools.partial(result_like, token.q)
     report = (programs, 1, g)
     shapes = StepResults(
         out=shape(token.v.shape),
         kk=shape(state.kk.shape),
         kv=shape(state.kv.shape),
-        num_steps=shape(report, dtype=jnp.int32),
+        num_steps=shape(report, jnp.int32),
         residual=shape(report),
     )
     found = StepResults(

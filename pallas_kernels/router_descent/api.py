@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, manual
 from pallas_kernels.router_descent import pallas_tpu, vjp
 from pallas_kernels.router_descent.contract import Inputs, check_inputs, make_rule, prepare
 from pallas_kernels.router_descent.reference import router_descent_reference
@@ -58,7 +58,7 @@ def router_descent(
     inputs = Inputs(log_routing, readout, offset, labels, weights, learning_rates)
     check_inputs(inputs)
     rule = make_rule(groups, optimizer, prox, readout.shape[2])
-    inputs = prepare(inputs)
+    inputs = manual.vary_alike(prepare(inputs))
     chosen = dispatch.resolve("router_descent", implementation, {"pallas_tpu": pallas_tpu.why_not(inputs)})
     if chosen == "reference":
         return router_descent_reference(inputs, rule)

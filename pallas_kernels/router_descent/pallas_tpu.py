@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.manual import result_like
 from pallas_kernels.router_descent import algebra, pallas_tpu_kernel, xla
 from pallas_kernels.router_descent.contract import Inputs, Rule
 from pallas_kernels.tiling import pad_axis, round_up
@@ -85,7 +86,6 @@ def forward(
     rates = jnp.stack(algebra.rates(inputs.learning_rates, rule))
     rates = pad_axis(rates, 1, max(num_steps, 1))  # no step is a case, an array of nothing is not
     streams = plan.chunks > 1
-    varying = jax.typeof(arrays[0]).manual_axis_type  # over the axes of a mesh, inside shard_map
     state = [pltpu.VMEM((rows, LANES), jnp.float32) for rows in (e, e, e, 1, e)]
     routing, loss = pl.pallas_call(
         functools.partial(
@@ -97,9 +97,7 @@ def forward(
         grid=(tiles, num_steps + 1, plan.chunks) if streams else (tiles,),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), _rows(e), *_neighbor_specs(arrays[1:], plan)],
         out_specs=[_rows(e), _rows(1)],
-        out_shape=[
-            jax.ShapeDtypeStruct((rows, tiles * LANES), jnp.float32, manual_axis_type=varying) for rows in (e, 1)
-        ],
+        out_shape=[result_like(arrays[0], (rows, tiles * LANES)) for rows in (e, 1)],
         scratch_shapes=state if streams else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary") if streams else ("parallel",),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mesanet_jax import MesaNet, MesaNetConfig, SolverConfig, sharding, weights
+from mesanet_jax import MesaNet, MesaNetConfig, SamplingConfig, SolverConfig, generate, sharding, weights
 from mesanet_jax.mixers import MIXERS
 from mesanet_jax.sharding import MESH_AXES, batch_sharding, parameter_shardings
 from tests import tolerances
@@ -139,20 +139,48 @@ def test_tokens_of_floats_are_refused_in_one_sentence_whatever_the_mesh_splits(a
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "mesa"])  # see test_sequence_parallel.py
 @pytest.mark.parametrize("axis", ["sequence", "tensor"])
 def test_a_mixer_over_two_devices_equals_the_mixer_on_one_in_value_and_gradient(mixer, axis):
+    boxed, arrays, pulled = mixer_to_pull(mixer)
+    mesh = mesh_of(axis)
+    expected = pulled(nn.unbox(boxed), *arrays)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(nn.unbox(boxed), parameter_shardings(boxed, mesh))
+        found = pulled(params, *arrays)
+    jax.tree.map(lambda a, b: tolerances.assert_near(a, b, tolerances.MODEL["gradient"]), found, expected)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_mixer_in_a_map_over_shards_of_the_batch_equals_the_mixer_on_one_device(mixer):
+    """A map that checks what varies from device to device, and sums the gradients of what does not."""
+    boxed, arrays, pulled = mixer_to_pull(mixer)
+    mesh = mesh_of("data")
+    specs = jax.P("data"), (jax.P(), jax.P("data"))
+    split = jax.shard_map(pulled, mesh=mesh, in_specs=(jax.P(), *[jax.P("data")] * 3), out_specs=specs)
+    found, expected = (function(nn.unbox(boxed), *arrays) for function in (jax.jit(split), pulled))
+    jax.tree.map(lambda a, b: tolerances.assert_near(a, b, tolerances.MODEL["gradient"]), found, expected)
+
+
+def test_text_is_generated_in_a_map_over_shards_of_the_batch():
+    params = nn.unbox(MODEL.init(jax.random.key(0), TOKENS))
+
+    def continued(params, prompt):
+        greedy = SamplingConfig(temperature=0.0)
+        return generate(MODEL, params, prompt, num_tokens=3, key=jax.random.key(0), sampling=greedy, stop_token=1)
+
+    rows = jax.P("data")
+    split = jax.shard_map(continued, mesh=mesh_of("data"), in_specs=(jax.P(), rows), out_specs=rows)
+    np.testing.assert_array_equal(jax.jit(split)(params, TOKENS), continued(params, TOKENS))
+
+
+def mixer_to_pull(mixer: str):
+    """Returns boxed parameters, arrays, and what pulls a cotangent back to the parameters and the first array."""
     shape = dict(model_dim=8, num_heads=2, key_dim=4, value_dim=4, recurrent_dim=6, window=5, max_context=20)
     layer = MIXERS[mixer](MesaNetConfig(**shape, solver=SolverConfig(max_steps=8, tolerance=0.0)))
     x, dy = (jax.random.normal(jax.random.key(seed), (2, 20, 8)) for seed in range(2))
     ids = jnp.repeat(jnp.array([[0, 1, 1], [0, 0, -1]]), jnp.array([7, 9, 4]), axis=1)
-    boxed = layer.init(jax.random.key(2), x, None, ids)
 
     @jax.jit
-    def pulled(params, x, ids):
+    def pulled(params, x, dy, ids):
         y, pullback = jax.vjp(lambda params, x: layer.apply(params, x, None, ids)[0], params, x)
         return y, pullback(dy)
 
-    mesh = mesh_of(axis)
-    expected = pulled(nn.unbox(boxed), x, ids)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(nn.unbox(boxed), parameter_shardings(boxed, mesh))
-        found = pulled(params, x, ids)
-    jax.tree.map(lambda a, b: tolerances.assert_near(a, b, tolerances.MODEL["gradient"]), found, expected)
+    return layer.init(jax.random.key(2), x, None, ids), (x, dy, ids), pulled

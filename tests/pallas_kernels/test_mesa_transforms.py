@@ -58,7 +58,7 @@ def test_heads_split_over_devices_equal_one_device():
     time_major, state, ridge = (PartitionSpec(*axes, "heads") for axes in ((None, None), (None,), ()))
     specs = (*[time_major] * 5, ridge, state, state)
     arrays = float32(sample(SMALL))
-    split = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False))
+    split = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
     for found, truth in zip(split(*arrays), jax.jit(gradient)(*arrays), strict=True):
         assert_near(found, truth, LAW["float32"])
 

@@ -143,6 +143,15 @@ def test_each_input_is_taken_by_itself(name, groups):
     np.testing.assert_array_equal(run(name, problem, memory, groups)[order], run(name, mixed, memory, groups))
 
 
+@each_strategy
+def test_inputs_are_split_over_devices(name):
+    groups, mesh = GROUPS[1], jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    problem, memory = made_up(groups)
+    specs = jax.P("data"), jax.P()
+    split = jax.shard_map(compiled(name, StrategyConfig(), groups), mesh=mesh, in_specs=specs, out_specs=specs[0])
+    assert_near(jax.jit(split)(problem, memory), run(name, problem, memory, groups), tolerances.LAW["float32"])
+
+
 @each_group
 @pytest.mark.parametrize("name", ["descent", "literal", "mode_finding", "oracle", "amortised_descent"])
 def test_no_steps_change_nothing(name, groups):

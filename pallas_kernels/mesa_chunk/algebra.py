@@ -137,27 +137,7 @@ def added_cotangents(x: jax.Array, y: jax.Array, dout: jax.Array, decays: Decays
     return -times_transposed(y, faded), times_transposed(faded, dout)
 
 
-class Meetings(NamedTuple):
-    """The products that the gradients of a tile begin with: what its tokens are to each other and to the states."""
-
-    xk: jax.Array  # [c, c] k_s . x_t, decayed
-    surprise: jax.Array  # [c, c] v_s . dout_t - k_s . y_t, decayed
-    dkk_k: jax.Array  # [k, c] (dkk + dkk') / 2 k_s: H is symmetric, and meets of dkk what is symmetric
-    dkv_v: jax.Array  # [k, c]
-
-
-def meetings(x: jax.Array, y: jax.Array, dout: jax.Array, tile: Tile, dkk: jax.Array, dkv: jax.Array) -> Meetings:
-    """Returns what `cotangents` begins with; arguments as there."""
-    return Meetings(
-        dkk_k=times(dkk / 2 + transpose(dkk) / 2, transpose(tile.k)),  # halves first: the sum may overflow
-        dkv_v=times(dkv, transpose(tile.v)),
-        xk=times(tile.k, x) * tile.decays.within,
-        surprise=(times(tile.v, dout) - times(tile.k, y)) * tile.decays.within,
-    )
-
-
 def cotangents(
-    met: Meetings,
     x: jax.Array,
     y: jax.Array,
     residual: jax.Array,
@@ -169,7 +149,6 @@ def cotangents(
     """Returns the gradients of one tile (README.md, section 4).
 
     Args:
-      met: from `meetings`, which kernels take of several tiles before they go on.
       x, y: forward and backward solutions [k, c].
       residual: what the latter leave of the backward right-hand side [k, c].
       dout: cotangent of the output [v, c].
@@ -177,16 +156,20 @@ def cotangents(
       dkk, dkv: cotangents of the states after the chunk, [k, k] and [k, v].
     """
     decays, beta, k = tile.decays, tile.beta, transpose(tile.k)
-    seen = times_transposed(x, met.surprise)
-    after = decays.out * (met.dkk_k + met.dkv_v)
+    # H is symmetric, and meets of dkk what is symmetric; halves first, since the sum may overflow
+    dkk_k, dkv_v = times(dkk / 2 + transpose(dkk) / 2, k), times(dkv, transpose(tile.v))
+    xk = times(tile.k, x) * decays.within
+    surprise = (times(tile.v, dout) - times(tile.k, y)) * decays.within
+    seen = times_transposed(x, surprise)
+    after = decays.out * (dkk_k + dkv_v)
     dbeta = sum_down(k * (seen + after))
     # <dstate, state> after the chunk, put together from what the state before it and the tokens contribute
     kept = decays.through * (_sum_all(dkk * tile.kk) + _sum_all(dkv * tile.kv))
     added = _sum_all(beta * sum_down(k * after))
     dtotal = sum_down(x * (tile.ridge * y + residual)) - beta * dbeta
     return Cotangents(
-        k=beta * (seen - times_transposed(y, met.xk) + decays.out * (2 * met.dkk_k + met.dkv_v)),
-        v=beta * (times_transposed(dout, met.xk) + decays.out * transposed_times(dkv, k)),
+        k=beta * (seen - times_transposed(y, xk) + decays.out * (2 * dkk_k + dkv_v)),
+        v=beta * (times_transposed(dout, xk) + decays.out * transposed_times(dkv, k)),
         log_decay=_later_tokens(dtotal + jnp.where(_is_last(k.shape[-1]), kept + added, 0), decays.visible),
         beta=dbeta,
         ridge=-jnp.sum(x * y, axis=-1, keepdims=True),

@@ -19,6 +19,7 @@ from pallas_kernels.mesa_chunk.methods import MIXED, Method
 from pallas_kernels.mesa_chunk.nested import Factor, HalfFactor
 from pallas_kernels.mesa_chunk.products import SIX_PASSES, transposed_times
 from pallas_kernels.mesa_chunk.solver import Begun, Problem, Rounds, Solution, SolverConfig, Steps
+from pallas_kernels.turns import in_turns
 
 
 class TileArrays(NamedTuple):
@@ -157,14 +158,13 @@ def first_halves(root, expected, k, beta, ridge, log_decay, starts, results: Hal
     """First half of the factors, from inverse roots [k, k] of the systems before the tokens; references to blocks."""
 
     def take():
-        tiles = range(k.shape[0])
-        # stage by stage: the compiler keeps to the order it gets, and a tile by itself waits for its products
-        inverses = [transposed_times(root[i], root[i]) for i in tiles]
-        decays = [algebra.cumulative_decays(log_decay[i], starts[i]) for i in tiles]
-        ridges = [algebra.to_column(ridge[i]) for i in tiles]
-        halves = [nested.first_half(inverses[i], k[i], beta[i], ridges[i], decays[i], expected[i]) for i in tiles]
-        for i, half in enumerate(halves):
-            _store(results, half._replace(usable=half.usable.astype(jnp.float32)), i)
+        in_turns(take_tile, k.shape[0])
+
+    def take_tile(i):
+        inverse = transposed_times(root[i], root[i])
+        decays = algebra.cumulative_decays(log_decay[i], starts[i])
+        half = nested.first_half(inverse, k[i], beta[i], algebra.to_column(ridge[i]), decays, expected[i])
+        _store(results, half._replace(usable=half.usable.astype(jnp.float32)), i)
 
     take_if(jnp.any(nested.is_worth_it(expected[...])), take, results)
 
@@ -186,15 +186,16 @@ def cotangents(x, y, residual, dout, arrays: TileArrays, results: algebra.Cotang
 
     Those are replaced by the cotangents of the states before the tiles.
     """
-    tiles = [a.tile() for a in _load(arrays)]
-    # as in first_halves, stage by stage
-    met = [algebra.meetings(x[i], y[i], dout[i], t, dstate.kk[i], dstate.kv[i]) for i, t in enumerate(tiles)]
-    for i, tile in enumerate(tiles):
+
+    def differentiate(i):
+        tile = jax.tree.map(lambda ref: ref[i], arrays).tile()
         after = MesaState(dstate.kk[i], dstate.kv[i])
-        found = algebra.cotangents(met[i], x[i], y[i], residual[i], dout[i], tile, *after)
+        found = algebra.cotangents(x[i], y[i], residual[i], dout[i], tile, *after)
         _store(results, found._replace(ridge=algebra.to_row(found.ridge)), i)
         added = algebra.added_cotangents(x[i], y[i], dout[i], tile.decays)
         _store(dstate, [tile.decays.through * d + a for d, a in zip(after, added, strict=True)], i)
+
+    in_turns(differentiate, x.shape[0])
 
 
 def _after(state: MesaState, k, v, beta, decays: algebra.Decays) -> MesaState:
@@ -279,11 +280,11 @@ def _steps(problems, methods, rows: tuple[RoundRows, ...], begun: tuple[StepRows
     """Runs the steps of one round on all tiles."""
 
     def advance(number, step_rows):
-        after = []
-        for i, row in enumerate(step_rows):
-            steps, begun = _load_steps(memory, i, row, methods[i]), Begun(rows[i].size, rows[i].num_steps == 0)
-            after.append(_store_steps(memory, i, solver.step(problems[i], methods[i], number, begun, steps)))
-        return tuple(after)
+        def advance_tile(i):
+            steps, begun = _load_steps(memory, i, step_rows[i], methods[i]), Begun(rows[i].size, rows[i].num_steps == 0)
+            return _store_steps(memory, i, solver.step(problems[i], methods[i], number, begun, steps))
+
+        return tuple(in_turns(advance_tile, len(step_rows)))
 
     def any_at(number, step_rows):
         return _any([jnp.where(row.level == number, 1.0, 0.0) for row in step_rows])

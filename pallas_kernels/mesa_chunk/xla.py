@@ -100,14 +100,10 @@ def backward(
         dq = adjoint.solution if solver.max_steps else rhs
         return dq, adjoint, algebra.added_cotangents(x, adjoint.solution, dout, tile.decays)
 
-    def differentiate(inputs):
-        x, y, _, dout, *rest = inputs
-        return algebra.cotangents(algebra.meetings(x, y, dout, *rest), *inputs)
-
     dq, adjoint, added = _map_tiles(solve_adjoint, (x, dout, tiles, factors))
     after, dstate = scan_states(MesaState(*added), tiles.decays.through, dstate, reverse=True)
     arrays = (x, adjoint.solution, adjoint.residual, dout, tiles, *after)
-    grads = _map_tiles(differentiate, arrays)
+    grads = _map_tiles(lambda inputs: algebra.cotangents(*inputs), arrays)
     sequences = dq, grads.k, grads.v, grads.log_decay, grads.beta
     dq, dk, dv, dlog_decay, dbeta = (to_sequence(g, length) for g in sequences)
     return dq, dk, dv, dlog_decay[..., 0], dbeta[..., 0], jnp.sum(grads.ridge, axis=(0, 1))[..., 0], dstate

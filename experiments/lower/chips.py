@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # no machine in a data centre to ask for what it is
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: the target is named when compiling
+    "TPU_LOG_DIR": "disabled",  # each estimate that aborts would leave a gigabyte of logs in the temporary folder
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes, and nothing to share but a compiler
 }
 

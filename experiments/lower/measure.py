@@ -104,7 +104,7 @@ def compile_once(kernel: Kernel | Operator, chip: str, steps: int, programs: int
             died=None if found else died or "ended without a report",
             code_bytes=found.get("code_bytes"),
             around=found.get("around"),
-            **read_dumps(folder, kernel.name),
+            **read_dumps(folder, kernel.name, complete=bool(found)),
         )
 
 
@@ -143,8 +143,8 @@ def run(arguments: list[str], variables: dict[str, str]) -> str | None:
     return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:ROOM]
 
 
-def read_dumps(folder: Path, name: str) -> dict:
-    """Returns the fields of Run that are read from files.
+def read_dumps(folder: Path, name: str, *, complete: bool = True) -> dict:
+    """Returns the fields of Run that are read from files; of incomplete ones, as of a child that died, cycles only.
 
     XLA numbers the kernel's name, and from libtpu 0.0.50 on the estimate's file also names the chip.
     """
@@ -154,7 +154,7 @@ def read_dumps(folder: Path, name: str) -> dict:
         found["cycles"] = read_cycles(profile[1])
     bundles = _find(folder, rf"\d+-({operation})-\d+-final_bundles\.txt")
     utilization = _find(folder, rf"\d+-({operation})-\d+-final_hlo-static-per-bundle-utilization\.txt")
-    if bundles and utilization:
+    if complete and bundles and utilization:
         found["schedule"] = read_schedule(utilization[1], bundles[1])
         if page := _find(folder, r"(.*)vmem_report\.html"):
             found["vmem_bytes"] = read_vmem_bytes(page[1], bundles[0])

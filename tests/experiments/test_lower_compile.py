@@ -94,6 +94,12 @@ def test_a_compiler_that_aborts_in_any_case_does_not_compile(child):
     assert cost.refused == "ended by SIGABRT" and cost.cycles is None and cost.bundles is None
 
 
+def test_what_a_child_left_half_written_is_not_read(child):
+    child("write('17-descent.1-02-final_bundles.txt', ''.join(" + repr(BUNDLES) + ".splitlines(True)[:2])); os.abort()")
+    cost = measure.measure(FAKE, "v5e")
+    assert cost.refused == "ended by SIGABRT" and cost.bundles is None
+
+
 def test_what_the_compiler_refuses_is_said_in_its_words(child):
     child("report.write_text(json.dumps(dict(refused='out of memory')))")
     assert measure.measure(FAKE, "v5e").refused == "out of memory"

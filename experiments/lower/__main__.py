@@ -3,7 +3,7 @@
 Question: did a change make a kernel slower, bigger, or impossible to compile?
 Command:  make lower PYTHON=python3.11; or python -m experiments.lower with the extra `tpu`; --check in review. With
           Python 3.11, because the libtpu pinned for later ones does not count the turns of loops around loops.
-Cost:     three compilations of about three seconds per row, on one core; eight minutes in all.
+Cost:     three compilations of about three seconds per row, on one core; some ten minutes in all.
 Expected: no row grows by more than 3 % and none begins to spill registers, unless the commit says why.
 Measured: costs.json here, one row per line. Cycles are those of the compiler's static model: it knows the schedule of
           the program, guesses what memory takes, and is for comparing variants, not for claims of speed.

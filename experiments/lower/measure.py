@@ -143,7 +143,7 @@ def run(arguments: list[str], variables: dict[str, str]) -> str | None:
     return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:ROOM]
 
 
-def read_dumps(folder: Path, name: str, *, complete: bool = True) -> dict:
+def read_dumps(folder: Path, name: str, *, complete: bool) -> dict:
     """Returns the fields of Run that are read from files; of incomplete ones, as of a child that died, cycles only.
 
     XLA numbers the kernel's name, and from libtpu 0.0.50 on the estimate's file also names the chip.

@@ -157,14 +157,14 @@ def states_and_systems(
 def first_halves(root, expected, k, beta, ridge, log_decay, starts, results: HalfFactor) -> None:
     """First half of the factors, from inverse roots [k, k] of the systems before the tokens; references to blocks."""
 
-    def take():
-        in_turns(take_tile, k.shape[0])
-
     def take_tile(i):
         inverse = transposed_times(root[i], root[i])
         decays = algebra.cumulative_decays(log_decay[i], starts[i])
         half = nested.first_half(inverse, k[i], beta[i], algebra.to_column(ridge[i]), decays, expected[i])
         _store(results, half._replace(usable=half.usable.astype(jnp.float32)), i)
+
+    def take():
+        in_turns(take_tile, k.shape[0])
 
     take_if(jnp.any(nested.is_worth_it(expected[...])), take, results)
 

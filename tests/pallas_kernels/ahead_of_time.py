@@ -10,9 +10,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from experiments.lower import chips
 from experiments.lower.chips import CHIPS
 
-__all__ = ["CHIPS", "compile_for", "lower_for_cuda", "needs_libtpu", "tracing_for_a_tpu"]
+__all__ = ["CHIPS", "GPUS", "TPU", "compile_for", "lower_for_cuda", "needs_libtpu", "tracing_for_a_tpu"]
 
-GPUS = {"8.0": "NVIDIA A100-SXM4-80GB", "9.0": "NVIDIA H100 80GB HBM3"}  # by compute capability
+TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+GPUS = {  # by compute capability
+    capability: AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    for capability, kind in {"8.0": "NVIDIA A100-SXM4-80GB", "9.0": "NVIDIA H100 80GB HBM3"}.items()
+}
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
@@ -29,13 +33,12 @@ def compile_for(chip: str, function, *arguments) -> str:
 
 def tracing_for_a_tpu():
     """A context in which programs are traced as under a mesh of TPUs."""
-    tpu = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    return use_abstract_mesh(AbstractMesh((), (), abstract_device=tpu))
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=TPU))
 
 
 def lower_for_cuda(function, *arguments, compute_capability: str) -> str:
-    """Lowers for a GPU of GPUS; returns the program. jax 0.10 takes every GPU that is not here for an H100."""
-    gpu = AbstractDevice(device_kind=GPUS[compute_capability], num_cores=None, platform="gpu")
+    """Lowers for one of GPUS; returns the program. jax 0.10 takes every GPU that is not here for an H100."""
+    gpu = GPUS[compute_capability]
     with warnings.catch_warnings(), use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # from 0.11
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

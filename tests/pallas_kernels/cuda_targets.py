@@ -73,5 +73,5 @@ gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {mi
 platform_name: "CUDA"
 runtime_version {{ major: 13 }}
 dnn_version_info {{ major: 9 minor: 12 }}
-device_description_str: "{GPUS[compute_capability]}"
+device_description_str: "{GPUS[compute_capability].device_kind}"
 """

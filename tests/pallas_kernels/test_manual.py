@@ -5,17 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import GPUS
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from ahead_of_time import GPUS, TPU
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 from tolerances import LAW, assert_near
 
 from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step, router_descent
 from pallas_kernels.mesa_chunk.cases import Case, sample
 
-PLATFORMS = {
-    "tpu": AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"),
-    "cuda": AbstractDevice(device_kind=GPUS["9.0"], num_cores=None, platform="gpu"),
-}
+PLATFORMS = {"tpu": TPU, "cuda": GPUS["9.0"]}
 B, T, H, K, V = 2, 130, 3, 8, 5
 SOLVERS = {"solved": SolverConfig(), "not solved": SolverConfig(max_steps=0)}
 

@@ -1,5 +1,6 @@
 """Commands: a frozen dataclass in, one sentence out when something is wrong."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -108,5 +109,8 @@ def program() -> str:
 
 
 def _description(function: Callable) -> str:
-    """The experiment's page: the docstring of the module that defines its main function."""
-    return sys.modules[function.__module__].__doc__ or ""
+    """The experiment's page: the docstring of the module that defines its main function.
+
+    Its fields and commands become paragraphs, or else they would be run together.
+    """
+    return re.sub(r"(?<!\n)\n(?=[A-Z][a-z]+: |python -m )", "\n\n", sys.modules[function.__module__].__doc__ or "")

@@ -1,7 +1,9 @@
 """Commands: a frozen dataclass in, one sentence out when something is wrong."""
 
+import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +90,13 @@ def unwritable(field: str, path: Path, error: OSError, kind: str = "file") -> Us
 def _guarded(call: Callable[[], object]) -> None:
     """Turns mistakes into a sentence and an exit status, mostly 2; everything else keeps its traceback."""
     try:
-        call()
+        try:
+            call()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`; the interpreter would complain when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         complaint, status = str(error), error.status
     except OSError as error:  # what no field is to blame for: permissions, a disk that fills up at an odd moment

@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 
-from experiments import cli
 from experiments.bench import contract, mixers, saving, search
 from experiments.bench.__main__ import BenchConfig, main
 from experiments.bench.clock import Timing, ratio, take_turns
@@ -24,15 +23,6 @@ def test_contestants_take_turns_and_the_first_call_is_not_counted():
 
 def test_ratio_is_that_of_the_least_disturbed_rounds():
     assert ratio(Timing(np.array([9.0, 2.0, 4.0])), Timing(np.array([1.0, 1.0, 2.0]))) == (2.0, 2.0, 5.5)
-
-
-def test_help_gives_each_field_of_the_page_a_paragraph(capsys):
-    with pytest.raises(SystemExit):
-        cli.run(main, BenchConfig, ["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    for field in ("Papers:", "Command:", "Cost:", "Expected:", "Measured:"):
-        (at,) = (i for i, line in enumerate(lines) if field in line)
-        assert lines[at].startswith(field) and not lines[at - 1]
 
 
 def test_a_wrong_operator_is_not_timed(monkeypatch):

@@ -2,6 +2,8 @@
 
 The tests spend their time in the compiler, so what was compiled once in a session is not compiled again, and nothing is
 optimised for speed but where a test says so, with `pytest.mark.optimized`: rounding depends on it.
+
+`--gpu` leaves all this to a GPU instead, for the tests of its kernels: -n 0 --gpu tests/pallas_kernels/test_*_gpu.py
 """
 
 import os
@@ -16,16 +18,26 @@ _cache = tempfile.TemporaryDirectory(prefix="compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name  # of the processes that tests start
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_num_cpu_devices", 2)
-
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run kernels for GPUs on the one that is here, not interpreted")
+
+
+def pytest_configure(config):
+    if config.getoption("--gpu"):
+        if jax.default_backend() != "gpu":
+            raise pytest.UsageError(f"--gpu: jax has found no GPU, only {jax.default_backend()}; leave it out.")
+        return
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_num_cpu_devices", 2)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Rungs 4 and 5: the GPU kernel in the interpreter, then lowered and compiled for GPUs that are not here."""
+"""Rungs 4 and 5: the GPU kernel interpreted, or with --gpu run; then lowered and compiled for absent GPUs."""
 
 import dataclasses
 import functools
@@ -21,6 +21,7 @@ from pallas_kernels.mesa_chunk.methods import STEP_PRECISIONS
 from pallas_kernels.mesa_chunk.pallas_gpu import GpuConfig
 from pallas_kernels.mesa_chunk.solver import relative_size
 
+INTERPRETED = jax.default_backend() != "gpu"
 CONVERGED = SolverConfig(max_steps=60, tolerance=0.0)
 PLAIN = dataclasses.replace(CONVERGED, preconditioner="none")
 ODD_SIZES = Case(
@@ -35,7 +36,7 @@ DOCUMENTS = np.zeros((2, 200), np.int32)
 DOCUMENTS[0, 40:], DOCUMENTS[0, 190:], DOCUMENTS[1, 65:] = 1, 2, 3  # the last boundary is one past that of a chunk
 
 
-def interpreted(inputs, cotangents, segment_ids=None, **choices):
+def run(inputs, cotangents, segment_ids=None, **choices):
     """Values and gradients as one tuple, and the report, from the adapter's own forward and backward."""
     q, k, v, log_decay, beta, ridge, kk, kv = (jnp.float32(x) for x in inputs)
     dout, *dstate = (jnp.float32(x) for x in cotangents)
@@ -44,12 +45,14 @@ def interpreted(inputs, cotangents, segment_ids=None, **choices):
     rest = (k, v, log_decay, beta, ridge, MesaState(kk, kv), jnp.asarray(starts))
 
     @jax.jit
-    def run(q, rest, dout, dstate):
-        out, state, x, report, factors = pallas_gpu.forward(q, *rest, interpret=True, **choices)
-        *grads, before = pallas_gpu.backward(rest, x, factors, dout, MesaState(*dstate), interpret=True, **choices)
+    def both(q, rest, dout, dstate):
+        out, state, x, report, factors = pallas_gpu.forward(q, *rest, interpret=INTERPRETED, **choices)
+        *grads, before = pallas_gpu.backward(
+            rest, x, factors, dout, MesaState(*dstate), interpret=INTERPRETED, **choices
+        )
         return (out, *state, *grads, *before), report
 
-    return run(q, rest, dout, dstate)
+    return both(q, rest, dout, dstate)
 
 
 def expected(inputs, cotangents, segment_ids=None, **choices):
@@ -71,7 +74,7 @@ def assert_all_near(found, truth, **looser):
 def test_values_and_gradients_of_documents_equal_the_reference(solver):
     inputs = sample(ODD_SIZES)
     arguments = inputs, random_cotangents(inputs), DOCUMENTS
-    found, _ = interpreted(*arguments, solver=solver)
+    found, _ = run(*arguments, solver=solver)
     assert_all_near(found, expected(*arguments))
 
 
@@ -79,21 +82,21 @@ def test_values_and_gradients_of_documents_equal_the_reference(solver):
 def test_values_and_gradients_equal_the_reference(case):
     inputs = sample(CASES[case])
     cotangents = random_cotangents(inputs)
-    found, _ = interpreted(inputs, cotangents, solver=CONVERGED)
+    found, _ = run(inputs, cotangents, solver=CONVERGED)
     assert_all_near(found, expected(inputs, cotangents))
 
 
 def test_gates_of_a_hundredth_leave_their_own_small_gradient():
     inputs = sample(CASES["forgets_fast"])
     cotangents = random_cotangents(inputs)
-    found, _ = interpreted(inputs, cotangents, solver=CONVERGED)
+    found, _ = run(inputs, cotangents, solver=CONVERGED)
     assert_all_near(found, expected(inputs, cotangents), log_decay=FADED_GATE["float32"])
 
 
 def test_without_a_solve_the_kernel_is_linear_attention():
     inputs = sample(dataclasses.replace(ODD_SIZES, length=20))
     cotangents, solver = random_cotangents(inputs), SolverConfig(max_steps=0)
-    found, _ = interpreted(inputs, cotangents, solver=solver)
+    found, _ = run(inputs, cotangents, solver=solver)
     assert_all_near(found, expected(inputs, cotangents, implementation="xla", solver=solver))
 
 
@@ -102,7 +105,7 @@ def test_tokens_stop_at_their_tolerance_and_report_the_truth(preconditioner):
     inputs, solver = sample(CASES["low_rank"]), SolverConfig(tolerance=1e-3, preconditioner=preconditioner)
     q, *rest, kk, kv = (jnp.float32(x) for x in inputs)
     rest = (*rest, MesaState(kk, kv), jnp.zeros(q.shape[:2], jnp.int32))
-    forward = functools.partial(pallas_gpu.forward, solver=solver, interpret=True)
+    forward = functools.partial(pallas_gpu.forward, solver=solver, interpret=INTERPRETED)
     _, _, x, report, _ = jax.jit(forward)(q, *rest)
     x = to_sequence(x, q.shape[1])[..., : q.shape[-1]]
     np.testing.assert_allclose(report.residual, _residual(q, x, rest), atol=NESTED["floor"] * np.finfo(np.float32).eps)
@@ -122,8 +125,8 @@ def _residual(q, x, rest):
 def test_how_tokens_are_shared_out_changes_no_answer():
     inputs = sample(ODD_SIZES)
     arguments = inputs, random_cotangents(inputs)
-    usual, _ = interpreted(*arguments, solver=PLAIN)
-    smaller, _ = interpreted(*arguments, solver=PLAIN, config=GpuConfig(chunk_length=32, tokens=16))
+    usual, _ = run(*arguments, solver=PLAIN)
+    smaller, _ = run(*arguments, solver=PLAIN, config=GpuConfig(chunk_length=32, tokens=16))
     assert_all_near(usual, {str(i): x for i, x in enumerate(smaller)})
 
 

@@ -1,4 +1,4 @@
-"""Rungs 4 and 5: the kernel of one token in the interpreter, then lowered and compiled for GPUs that are not here."""
+"""Rungs 4 and 5: the kernel of one token interpreted, or with --gpu run; then lowered and compiled for absent GPUs."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from pallas_kernels import MesaState, SolverConfig
 from pallas_kernels.mesa_chunk.cases import Case, Inputs, sample
 from pallas_kernels.mesa_step import pallas_gpu, xla
 
+INTERPRETED = jax.default_backend() != "gpu"
 CONVERGED = SolverConfig(max_steps=60, tolerance=0.0)
 TOKEN = Case(source="decoding", batch=2, length=1, num_heads=3, key_dim=16, value_dim=32, decay=(0.97, 1.0))
 
@@ -27,7 +28,7 @@ def sample_token(**changes) -> Inputs:
     return Inputs(*(np.float64(np.float32(x)) for x in arrays))
 
 
-def step(inputs: Inputs, solver=CONVERGED, forward=functools.partial(pallas_gpu.forward, interpret=True)):
+def step(inputs: Inputs, solver=CONVERGED, forward=functools.partial(pallas_gpu.forward, interpret=INTERPRETED)):
     *token, kk, kv = (jnp.float32(x) for x in inputs)
     return jax.jit(functools.partial(forward, solver=solver))(*token, MesaState(kk, kv))
 

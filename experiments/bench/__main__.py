@@ -2,18 +2,22 @@
 
 Papers:   arXiv 2506.05233, appendix C (solver) and section 3 (cost); arXiv 2502.20395, section 3 (descent, neighbours).
 Command:  python -m experiments.bench        (parts "mesa" and "public" need the extra `bench`: PyTorch, on the CPU)
+          python -m experiments.bench --parts gpu        (on a machine with one; beside flash-linear-attention's kernels
+          where the extra `bench` is installed too, and without them elsewhere)
 Cost:     about half an hour on 2 cores, 4 minutes of it for part "solver", 5 for "public", 13 for "saving"; run it on a
           machine that does nothing else.
 Expected: mesa_chunk at least 1.2 times PyTorch on every line, memory that grows with t to the power 1, flat decoding;
           at most 9 nested steps to 1e-4 and 12 to 1e-6, 0.4 times the work of plain ones on the hard half of the rows;
           router_descent at least 100 times a loop over inputs and neighbours, memory that grows with the batch to the
           power 1; nearest neighbours within twice the matrix product alone; a checkpoint a minute costs at most 5 %; no
-          mixer more than 1.3 times slower than public code.
-Measured: see the table in README.md. Only ratios taken within one run are written down.
+          mixer more than 1.3 times slower than public code; on a GPU at least the throughput of
+          flash-linear-attention's kernels at smaller residuals, and decoding at 70 % of the bandwidth of a copy.
+Measured: see the table in README.md. Only ratios taken within one run are written down; part "gpu" has not been run.
 """
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import sys
@@ -22,11 +26,12 @@ from pathlib import Path
 import jax
 
 from experiments import cli
-from experiments.bench import contract, growth, mixers, router, saving, search, solver, torture
+from experiments.bench import contract, gpu, growth, mixers, router, saving, search, solver, torture
 from pallas_kernels.mesa_chunk.cases import EASY, HARD, STUDY
 from pallas_kernels.router_descent.cases import BENCHMARK
 
-PARTS = ("mesa", "solver", "mixers", "public", "router", "search", "saving")
+ON_CPUS = ("mesa", "solver", "mixers", "public", "router", "search", "saving")
+PARTS = (*ON_CPUS, "gpu")
 TIMED = ("silu, 0.8-0.99", "low_rank, 0.95-1", "low_rank, 1")  # easy, in between and hard, for the shape of 145m
 
 
@@ -38,7 +43,7 @@ class BenchConfig:
       output: folder for bench.json and bench.md.
       parts: "mesa" (solver layer), "solver" (its steps and work by preconditioner), "mixers" (layers of every kind),
         "public" (these layers against other people's code), "router" (descent on routings), "search" (nearest
-        neighbours), "saving" (checkpoints of a training).
+        neighbours), "saving" (checkpoints of a training), "gpu" (the solver layer there, training and decoding).
       dims: head sizes.
       length: tokens of a sequence.
       num_heads: heads; the CPU devices share them evenly.
@@ -49,10 +54,11 @@ class BenchConfig:
       contexts: contexts after which decoding is timed.
       neighbors: neighbours per input that descent is timed with.
       widths: embeddings that search is timed with.
+      gpu_lengths: sequences that part "gpu" is timed with, as many tokens of each length.
     """
 
     output: Path = Path("runs/bench")
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = ON_CPUS
     dims: tuple[int, ...] = (64, 128)
     length: int = 2048
     num_heads: int = 4
@@ -63,6 +69,7 @@ class BenchConfig:
     contexts: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
     neighbors: tuple[int, ...] = (5, 20)
     widths: tuple[int, ...] = (384, 4096)
+    gpu_lengths: tuple[int, ...] = (2048, 8192, 32768)
 
     def __post_init__(self):
         if not self.parts or set(self.parts) - set(PARTS):
@@ -74,6 +81,10 @@ class BenchConfig:
         if self.length % 256:
             raise cli.UserError(
                 f"length={self.length} is not a multiple of 256, the yardstick's longest chunk; round it."
+            )
+        if not self.gpu_lengths or any(n < 1 or max(self.gpu_lengths) % n for n in self.gpu_lengths):
+            raise cli.UserError(
+                f"gpu_lengths={self.gpu_lengths} must be divisors of the longest; powers of two always are."
             )
         if self.num_adversaries < 1:
             raise cli.UserError(f"num_adversaries={self.num_adversaries} tests nothing; use 1 or more.")
@@ -91,10 +102,14 @@ def main(config: BenchConfig) -> None:
         "router": measure_router,
         "search": measure_search,
         "saving": measure_saving,
+        "gpu": measure_gpu,
     }
     if {"mesa", "public"} & set(config.parts):
         _require_torch()
     jax.config.update("jax_num_cpu_devices", config.num_devices)
+    if "gpu" in config.parts:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same device
+        _require_gpu()
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,6 +141,14 @@ def _require_torch() -> None:
         raise cli.UserError(
             f"{error.name} is not installed, and it is the yardstick; pip install 'mesanet-jax[bench]' brings it."
         ) from error
+
+
+def _require_gpu() -> None:
+    if jax.default_backend() != "gpu":
+        raise cli.UserError(
+            f'parts: "gpu" needs a GPU, and jax has found none, only {jax.default_backend()}; '
+            "where there is one, pip install 'mesanet-jax[cuda]' lets it."
+        )
 
 
 def measure_mesa(config: BenchConfig) -> tuple[dict, list[str]]:
@@ -203,6 +226,22 @@ def measure_saving(config: BenchConfig) -> tuple[dict, list[str]]:
     """Returns numbers and lines about checkpoints."""
     stall = saving.measure(-(-config.rounds // 3))
     return {"saving": stall._asdict()}, saving.lines(stall)
+
+
+def measure_gpu(config: BenchConfig) -> tuple[dict, list[str]]:
+    """Returns numbers and lines about mesa_chunk and mesa_step on a GPU."""
+    gpu.check()
+    print("contract: done", flush=True)
+    found = gpu.yardstick()
+    theirs = None if isinstance(found, str) else found
+    training = gpu.compare(config.gpu_lengths, config.rounds, theirs)
+    decoding = gpu.decode(config.rounds, theirs)
+    numbers = {
+        "device": jax.devices()[0].device_kind,
+        "training": [row._asdict() for row in training],
+        "decoding": [row._asdict() for row in decoding],
+    }
+    return {"gpu": numbers}, gpu.lines(training, decoding, found)
 
 
 def throughput_table(rows) -> list[str]:

@@ -5,21 +5,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cli import UserError
-from pallas_kernels import MesaState, SolverConfig, mesa_chunk
+from pallas_kernels import MesaState, SolverConfig, mesa_chunk, mesa_step
 from pallas_kernels.mesa_chunk.cases import CASES, EASY, Inputs, sample
 
 CHECKED = ("odd_length", "paper_head", "resets", "low_rank")
+TO_ROUNDING = SolverConfig(max_steps=60, tolerance=0.0)
 TOLERANCE = 2e-5  # float32, relative to the largest entry; tests/tolerances.py is stricter, per input
 
 
-def check(names: tuple[str, ...] = CHECKED) -> None:
+def check(names: tuple[str, ...] = CHECKED, implementation: str | None = None) -> None:
     """Raises UserError if values or gradients of the operator are wrong on one of the named cases."""
     for name in names:
-        inputs = Inputs(*(np.float32(x) for x in sample(CASES[name])))
+        inputs = _inputs(name)
         with jax.enable_x64(True):
             expected = _pulled([jnp.asarray(x, jnp.float64) for x in inputs], implementation="reference")
-        actual = _pulled(list(map(jnp.asarray, inputs)), solver=SolverConfig(max_steps=60, tolerance=0.0))
-        require_near(f"mesa_chunk on {name}", actual, expected)
+        actual = _pulled(list(map(jnp.asarray, inputs)), solver=TO_ROUNDING, implementation=implementation)
+        require_near(_called("mesa_chunk", name, implementation), actual, expected)
+
+
+def check_step(names: tuple[str, ...] = CHECKED, implementation: str | None = None) -> None:
+    """Raises UserError if the operator for one token is wrong on the first token of one of the named cases."""
+    for name in names:
+        inputs = _inputs(name)
+        arrays = [*(x[:, 0] for x in inputs[:5]), *inputs[5:]]
+        with jax.enable_x64(True):
+            expected = _stepped([jnp.asarray(x, jnp.float64) for x in arrays], implementation="reference")
+        actual = _stepped(list(map(jnp.asarray, arrays)), solver=TO_ROUNDING, implementation=implementation)
+        require_near(_called("mesa_step", name, implementation), actual, expected)
+
+
+def _inputs(name: str) -> Inputs:
+    return Inputs(*(np.float32(x) for x in sample(CASES[name])))
+
+
+def _called(operator: str, case: str, implementation: str | None) -> str:
+    return f"{operator} on {case}" + (f' by "{implementation}"' if implementation else "")
 
 
 def check_yardstick() -> None:
@@ -45,6 +65,16 @@ def _pulled(arrays, **choices):
 
     values, pull = jax.vjp(jax.jit(call), *arrays)
     return jax.device_get((*values, *pull(jax.tree.map(jnp.ones_like, values))))
+
+
+def _stepped(arrays, **choices):
+    """Values of all outputs."""
+
+    def call(q, k, v, log_decay, beta, ridge, kk, kv):
+        out, state = mesa_step(q, k, v, log_decay, beta, ridge, MesaState(kk, kv), **choices)
+        return out, *state
+
+    return jax.device_get(jax.jit(call)(*arrays))
 
 
 def require_near(what: str, actual, expected) -> None:

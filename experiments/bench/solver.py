@@ -95,12 +95,12 @@ def _solve_all(operands, *, tolerance: float):
         counts = {name: {side: solve(rhs) for side, rhs in sides.items()} for name, solve in solvers.items()}
         return counts, jnp.zeros((), bool) if shared is None else nested.is_worth_it(expected)[0, 0]
 
-    q, dout, tiles = _tiles(operands)
+    q, dout, tiles = cut(operands)
     arrays = q, dout, tiles, nested.expected_decays(tiles.decays)
     return jax.lax.map(solve_tile, jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), arrays))
 
 
-def _tiles(operands) -> tuple[jax.Array, jax.Array, Tile]:
+def cut(operands) -> tuple[jax.Array, jax.Array, Tile]:
     """Returns queries, cotangents of the outputs and tiles, [n, b, h, ...] each, of a sequence from an empty state."""
     q, k, v, log_decay, beta, ridge, dout = operands
     starts, config = jnp.zeros(q.shape[:2], jnp.int32), xla.XlaConfig()
@@ -281,7 +281,7 @@ def worst_residual(operands, results) -> float:
 
 @jax.jit
 def _adjoint_residual(operands, dq) -> jax.Array:
-    _, dout, tiles = _tiles(operands)
+    _, dout, tiles = cut(operands)
     rhs, y = algebra.adjoint_rhs(dout, tiles), to_columns(dq, tiles.k.shape[-2])
     return jnp.max(solver.relative_size(rhs - algebra.matrix(tiles)(y), rhs))
 

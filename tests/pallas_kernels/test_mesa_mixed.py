@@ -108,9 +108,10 @@ def test_what_the_coarser_steps_get_wrong_is_solved_in_full(wrong):
     assert (solver.relative_size(found.residual, problem.rhs) <= MIXED.tolerance).all()
 
 
-def test_where_sixteen_bits_do_not_resolve_the_condition_the_residual_is_that_of_all_digits():
-    rhs, tile, _ = second_tile("bursts, 0.99-1")
-    tile = tile._replace(k=100 * tile.k, kk=1e4 * tile.kk)
+@pytest.mark.parametrize(("name", "scale"), [("bursts, 0.99-1", 300), ("low_rank, 1", 1000), ("repeated, 1", 100)])
+def test_where_sixteen_bits_do_not_resolve_the_condition_the_residual_is_that_of_all_digits(name, scale):
+    rhs, tile, _ = second_tile(name)
+    tile = tile._replace(k=scale * tile.k, kk=scale**2 * tile.kk)
     factor = xla.factor_tile(tile, jnp.full((1, 1), -0.3), MIXED)
     worst = {}
     for precision in ("float32", "bfloat16_3x", "mixed"):

@@ -32,6 +32,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--gpu"):
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several workers, one device
         if jax.default_backend() != "gpu":
             raise pytest.UsageError(f"--gpu: jax has found no GPU, only {jax.default_backend()}; leave it out.")
         return

@@ -1,7 +1,6 @@
 """Rung 5: compiles for accelerators that are not here, and lowers for those whose compiler is not here either."""
 
 import importlib.util
-import warnings
 
 import jax
 import pytest
@@ -36,9 +35,12 @@ def tracing_for_a_tpu():
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=TPU))
 
 
+def tracing_for_a_gpu(compute_capability: str):
+    """A context in which programs are traced as under a mesh of one of GPUS."""
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=GPUS[compute_capability]))
+
+
 def lower_for_cuda(function, *arguments, compute_capability: str) -> str:
     """Lowers for one of GPUS; returns the program. jax 0.10 takes every GPU that is not here for an H100."""
-    gpu = GPUS[compute_capability]
-    with warnings.catch_warnings(), use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # from 0.11
+    with tracing_for_a_gpu(compute_capability):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

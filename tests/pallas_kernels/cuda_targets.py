@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from ahead_of_time import GPUS
+from ahead_of_time import GPUS, tracing_for_a_gpu
 from jax.experimental import topologies
 
 KIBIBYTE, GIGABYTE = 1 << 10, 10**9
@@ -61,7 +61,9 @@ def compile_for_cuda(function, *arguments, compute_capability: str) -> str:
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gpu), arguments)
     toolkit = importlib.util.find_spec("nvidia.cu13")
     options = {"xla_gpu_cuda_data_dir": str(Path(*toolkit.submodule_search_locations))} if toolkit else {}
-    return jax.jit(function).lower(*placed).compile(compiler_options=options).as_text() or ""
+    with tracing_for_a_gpu(compute_capability):
+        lowered = jax.jit(function).lower(*placed)
+    return lowered.compile(compiler_options=options).as_text() or ""
 
 
 def _describe(compute_capability: str) -> str:

@@ -238,6 +238,7 @@ def measure_gpu(config: BenchConfig) -> tuple[dict, list[str]]:
     decoding = gpu.decode(config.rounds, theirs)
     numbers = {
         "device": jax.devices()[0].device_kind,
+        "yardstick": gpu.versus(found),
         "training": [row._asdict() for row in training],
         "decoding": [row._asdict() for row in decoding],
     }

@@ -1,55 +1,85 @@
 """flash-linear-attention's Triton kernels of the Mesa layer, with as many steps as they take unless told: 30."""
 
+import os
 from collections.abc import Callable
 
+os.environ["FLA_CACHE_RESULTS"] = "0"  # of their tuning: what suits one length is not to be taken for another
+
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
-from fla.ops.mesa_net import chunk_mesa_net, mesa_net_decoding_one_step  # pyright: ignore[reportMissingImports]
-from fla.ops.mesa_net.chunk import chunk_fwd_mesa_net_fwd  # pyright: ignore[reportMissingImports]
+import torch  # pyright: ignore
+from fla.ops.common import chunk_h  # pyright: ignore
+from fla.ops.mesa_net import chunk_h_fwd, chunk_mesa_net, mesa_net_decoding_one_step  # pyright: ignore
+from fla.ops.mesa_net.chunk_cg_solver_bwd import chunk_mesa_cg_bwd  # pyright: ignore
+from fla.ops.mesa_net.chunk_cg_solver_fwd import chunk_mesa_cg_fwd  # pyright: ignore
+from fla.ops.utils import chunk_local_cumsum  # pyright: ignore
+from fla.ops.utils.constant import RCP_LN2  # pyright: ignore
 
 NAME = "triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on which Triton has but its interpreter
+CHUNK_LENGTH = 64  # theirs
 
 
 class Layer:
     """Forward and backward on operands (q, k, v, log_decay, beta, ridge, dout), in numpy."""
 
     def __init__(self, operands: list[np.ndarray]):
-        self._exact = list(map(_tensor, operands))
-        self._operands = [x.to(torch.bfloat16) if x.ndim == 4 else x for x in self._exact]
+        self._operands = [x.to(torch.bfloat16) if x.ndim == 4 else x for x in map(_tensor, operands)]
+        _forget_tuning()
 
     def train(self):
         """Outputs and the gradients of the six inputs."""
-        found = _forward_backward(self._operands)
+        *inputs, dout = self._operands
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out, *_ = chunk_mesa_net(*inputs)
+        found = out, *torch.autograd.grad(out, inputs, dout)
         _wait()
         return found
 
-    def solutions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Solutions of the forward and of the adjoint systems, [b, t, h, k] each."""
-        q, k, v, log_decay, beta, ridge, _ = self._exact
-        halves = q.to(torch.float16), k.to(torch.float16)  # as their layer has it
-        _, x, *_ = chunk_fwd_mesa_net_fwd(*halves, v, log_decay, beta, ridge, cu_seqlens=None)
-        _, (y, *_) = _forward_backward(self._exact)
-        return x.float().cpu().numpy(), y.float().cpu().numpy()
+    def results(self) -> list[np.ndarray]:
+        """Outputs and the gradients of the six inputs, in float32."""
+        return [x.detach().float().cpu().numpy() for x in self.train()]
 
 
-def decoder(q, k, v, log_decay, beta, ridge, kk, kv) -> Callable[[], object]:
-    """Returns a function that decodes a token [b, h, ...], in numpy, after states that it leaves as they are."""
-    q, k, v, log_decay, beta, ridge, kk, kv = map(_tensor, (q, k, v, log_decay, beta, ridge, kk, kv))
+def solutions(operands: list[np.ndarray], adjoint_rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns solutions [b, t, h, k] of the forward systems, and of the adjoint ones for given right-hand sides.
+
+    Both as the steps leave them, in float32. Their layer keeps them in float16, which rounds off more than is left to
+    solve, but takes its outputs from these.
+    """
+    q, k, v, log_decay, beta, ridge, _ = map(_tensor, operands)
+    k, v = k.to(torch.float16), v.to(torch.bfloat16)  # as their layer has them
+    g = chunk_local_cumsum(log_decay, chunk_size=CHUNK_LENGTH, scale=RCP_LN2)
+    kk, kv, *_ = chunk_h_fwd.chunk_mesa_fwd_h(
+        k=k, v=v, g=g, beta=beta, h_init=None, h_kv_init=None, output_final_state=False
+    )
+    systems = {"k": k, "h": kk, "g_local_cumsum": g, "beta": beta, "lamb": ridge}
+    x, _ = chunk_mesa_cg_fwd(q=q, v=v, h_kv=kv, **systems)
+    y = chunk_mesa_cg_bwd(dq=_tensor(adjoint_rhs), **systems)
+    return x.cpu().numpy(), y.cpu().numpy()
+
+
+def decoder(tokens: list[tuple[np.ndarray, ...]], kk: np.ndarray, kv: np.ndarray) -> Callable[[], object]:
+    """Returns a function that decodes tokens (q, k, v, log_decay, beta, ridge), one after the other; it goes on."""
+    arguments = [[_tensor(x) for x in (*token[:4], token[5], token[4])] for token in tokens]
+    state = [_tensor(kk), _tensor(kv)]
 
     def run():
-        found = mesa_net_decoding_one_step(q, k, v, log_decay, ridge, beta, kk, kv)
+        out = None
+        for token in arguments:
+            out, *state[:] = mesa_net_decoding_one_step(*token, *state)
         _wait()
-        return found
+        return out
 
     return run
 
 
-def _forward_backward(operands: list[torch.Tensor]):
-    *inputs, dout = operands
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    out, *_ = chunk_mesa_net(*inputs)
-    return out, torch.autograd.grad(out, inputs, dout.to(out.dtype))
+def _forget_tuning() -> None:
+    """Has the kernels that carry states tuned anew: their keys know nothing of lengths."""
+    for module in (chunk_h, chunk_h_fwd):
+        for kernel in vars(module).values():
+            while hasattr(kernel, "fn"):
+                getattr(kernel, "cache", {}).clear()
+                kernel = kernel.fn
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:

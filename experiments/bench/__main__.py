@@ -32,7 +32,6 @@ from pallas_kernels.router_descent.cases import BENCHMARK
 
 ON_CPUS = ("mesa", "solver", "mixers", "public", "router", "search", "saving")
 PARTS = (*ON_CPUS, "gpu")
-TIMED = ("silu, 0.8-0.99", "low_rank, 0.95-1", "low_rank, 1")  # easy, in between and hard, for the shape of 145m
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +146,7 @@ def _require_gpu() -> None:
     if jax.default_backend() != "gpu":
         raise cli.UserError(
             f'parts: "gpu" needs a GPU, and jax has found none, only {jax.default_backend()}; '
-            "where there is one, pip install 'mesanet-jax[cuda]' lets it."
+            "where there is one, install the extra `cuda`."
         )
 
 
@@ -179,7 +178,7 @@ def measure_solver(config: BenchConfig) -> tuple[dict, list[str]]:
     contract.check(("paper_head",))
     rows, times = solver.study(), []
     print("steps and work: done", flush=True)
-    for name in TIMED:
+    for name in solver.TIMED:
         times += solver.compare(
             name, dataclasses.replace(STUDY[name], num_heads=6, length=2048), -(-config.rounds // 3)
         )

@@ -80,9 +80,12 @@ def _stepped(arrays, **choices):
 def require_near(what: str, actual, expected) -> None:
     """Raises UserError if arrays differ by more than TOLERANCE of the largest entry of what is expected."""
     for found, truth in zip(actual, expected, strict=True):
-        found, truth = np.asarray(found, np.float64), np.asarray(truth, np.float64)
-        error = np.max(np.abs(found - truth)) / np.max(np.abs(truth))
-        if not error <= TOLERANCE:
-            raise UserError(
-                f"{what} is off by {error:.1e} of its largest entry; nothing is timed before that is mended."
-            )
+        off = error(found, truth)
+        if not off <= TOLERANCE:
+            raise UserError(f"{what} is off by {off:.1e} of its largest entry; nothing is timed before that is mended.")
+
+
+def error(found, truth) -> float:
+    """Returns the largest difference of two arrays in parts of the largest entry of the second."""
+    found, truth = np.asarray(found, np.float64), np.asarray(truth, np.float64)
+    return float(np.max(np.abs(found - truth)) / np.max(np.abs(truth)))

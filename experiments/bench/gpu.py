@@ -128,7 +128,7 @@ def compare(
             times = take_turns({name: layer.train for name, layer in layers.items()}, rounds)
             for name, layer in layers.items():
                 faster = None if theirs is None else ratio(times[theirs.NAME], times[name])
-                out, *grads = map(_error, layer.results(), exact)
+                out, *grads = map(contract.error, layer.results(), exact)
                 residuals = true_residuals(operands, *solved[name])
                 rows.append(TrainRow(kind, length, name, 1e3 * times[name].best, faster, residuals, (out, max(grads))))
                 print(rows[-1], flush=True)
@@ -153,7 +153,7 @@ def decode(
             calls[theirs.NAME] = theirs.decoder([tuple(map(np.asarray, x)) for x in tokens], *map(np.asarray, state))
             steps[theirs.NAME] = THEIR_STEPS
         exact = _decoder(tokens, state, "xla", contract.TO_ROUNDING)()
-        errors = {name: _error(jnp.from_dlpack(call()), exact) for name, call in calls.items()}
+        errors = {name: contract.error(jnp.from_dlpack(call()), exact) for name, call in calls.items()}
         times = take_turns({"copy": _copier(state), **calls}, rounds)
         for name, x in times.items():
             share, milliseconds = times["copy"].best / x.best, 1e3 * x.best / DECODED
@@ -277,12 +277,6 @@ def _copier(state: MesaState) -> Callable[[], object]:
 def _num_steps(token, state: MesaState, implementation: str) -> float:
     _, _, report = mesa_step(*token, state=state, with_report=True, implementation=implementation)
     return float(jnp.mean(report.num_steps))
-
-
-def _error(found, exact) -> float:
-    """The largest difference in parts of the largest entry."""
-    found, exact = np.asarray(found), np.asarray(exact)
-    return float(np.abs(found - exact).max() / np.abs(exact).max())
 
 
 def lines(training: list[TrainRow], decoding: list[DecodeRow], theirs) -> list[str]:

@@ -27,6 +27,7 @@ from pallas_kernels.mesa_chunk.nested import Factor
 TOLERANCES = (1e-4, 1e-6)
 SIDES = ("forward", "adjoint")
 MAX_STEPS = 60
+TIMED = ("silu, 0.8-0.99", "low_rank, 0.95-1", "low_rank, 1")  # easy, in between and hard
 TARGET_STEPS = {1e-4: 9, 1e-6: 12}
 TARGET_WORK = {"hard": 0.4, "easy": 1.0}  # halves of the rows by the steps of plain conjugate gradient
 
